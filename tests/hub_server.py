@@ -1,0 +1,156 @@
+"""A Hub on the loopback: the calls that huggingface_hub makes, kept in memory, and the ways in which a Hub fails."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Hub:
+    """`files[repo][path]` is what is stored; `calls` lists (method, kind of call); `refuse` maps a kind to what happens.
+
+    Kinds: whoami, create, auth, info, read, preupload, batch, upload, commit. Refusals: a status number, "429" with Retry-After once,
+    "cut" (the connection ends within the answer), "stall" (no answer for `stall` seconds).
+    """
+
+    def __init__(self):
+        self.files, self.objects, self.calls, self.tokens, self.refuse, self.stall = {}, {}, [], set(), {}, 5
+        self.private = {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def answer(self, status, body=b"", **headers):
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for key, value in ({"Content-Length": len(body), "Content-Type": "application/json"} | headers).items():
+                    self.send_header(key.replace("_", "-"), str(value))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def handle_any(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    body = b""
+                    while size := int(self.rfile.readline(), 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                else:
+                    body = self.rfile.read(length)
+                path = self.path.split("?")[0]
+                kind, repo, rest = hub.what(self.command, path)
+                hub.calls.append((self.command, kind))
+                token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+                refusal = hub.refuse.get(kind)
+                if refusal == "429":
+                    hub.refuse[kind] = None
+                    return self.answer(429, {"error": "Too Many Requests"}, Retry_After=1)
+                if refusal == "cut":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(b"{")
+                    self.close_connection = True
+                    return None
+                if refusal == "stall":
+                    time.sleep(hub.stall)
+                    self.close_connection = True
+                    return None
+                if refusal:
+                    headers = {"X_Error_Code": "GatedRepo"} if refusal == 403 and kind == "read" else {}
+                    return self.answer(refusal, {"error": f"refused with {refusal}"}, **headers)
+                if kind != "upload" and token not in hub.tokens:
+                    return self.answer(401, {"error": "Invalid credentials in Authorization header"})
+                return getattr(self, "do_" + kind)(repo, rest, body)
+
+            do_GET = do_POST = do_HEAD = do_PUT = handle_any
+
+            def do_card(self, *_):
+                self.answer(200, {"errors": [], "warnings": []})
+
+            def do_unknown(self, path, *_):
+                self.answer(404, {"error": f"the tests' Hub does not know {self.command} {path}"})
+
+            def do_whoami(self, *_):
+                self.answer(200, {"name": "tester", "type": "user", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
+
+            def do_create(self, repo, rest, body):
+                asked = json.loads(body)
+                repo = f"{asked.get('organization') or 'tester'}/{asked['name']}"
+                if repo in hub.files:
+                    return self.answer(409, {"error": "You already created this model repo", "url": f"{hub.url}/{repo}"})
+                hub.files[repo] = {}
+                hub.private[repo] = asked.get("private", asked.get("visibility") == "private")
+                self.answer(200, {"url": f"{hub.url}/{repo}", "name": repo})
+
+            def do_auth(self, repo, *_):
+                self.answer(200 if repo in hub.files else 404, {}, **({} if repo in hub.files else {"X_Error_Code": "RepoNotFound"}))
+
+            def do_info(self, repo, *_):
+                if repo not in hub.files:
+                    return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+                self.answer(200, {"id": repo, "modelId": repo, "private": True, "sha": "0" * 40, "siblings": [{"rfilename": name} for name in hub.files[repo]], "tags": [], "downloads": 0, "likes": 0})
+
+            def do_tree(self, repo, *_):
+                if repo not in hub.files:
+                    return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+                self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in hub.files[repo].items()])
+
+            def do_read(self, repo, name, *_):
+                if repo not in hub.files:
+                    return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+                if name not in hub.files[repo]:
+                    return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit="0" * 40)
+                data = hub.files[repo][name]
+                self.answer(200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit="0" * 40, Accept_Ranges="bytes")
+
+            def do_preupload(self, repo, rest, body):
+                self.answer(200, {"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".bin")) else "regular", "shouldIgnore": False, "oid": None}
+                                            for f in json.loads(body)["files"]]})
+
+            def do_batch(self, repo, rest, body):
+                self.answer(200, {"transfer": "basic", "objects": [
+                    {"oid": o["oid"], "size": o["size"], "authenticated": True, "actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}", "header": {}}}} for o in json.loads(body)["objects"]]})
+
+            def do_upload(self, repo, oid, body):
+                assert hashlib.sha256(body).hexdigest() == oid
+                hub.objects[oid] = body
+                self.answer(200)
+
+            def do_commit(self, repo, rest, body):
+                for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
+                    if line["key"] == "file":
+                        hub.files[repo][value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        hub.files[repo][value["path"]] = hub.objects[value["oid"]]
+                self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repo}/commit/{'0' * 40}", "hookOutput": ""})
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def what(method, path):
+        """(kind, repository, rest) of a call."""
+        for kind, pattern in {"whoami": r"/api/whoami-v2()()", "card": r"/api/validate-yaml()()", "create": r"/api/repos/create()()", "auth": r"/api/models/([^/]+/[^/]+)/auth-check(.*)",
+                              "preupload": r"/api/models/([^/]+/[^/]+)/preupload/(.*)", "commit": r"/api/models/([^/]+/[^/]+)/commit/(.*)",
+                              "tree": r"/api/models/([^/]+/[^/]+)/tree/(.*)", "info": r"/api/models/([^/]+/[^/]+)(?:/revision/.*)?()",
+                              "batch": r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch()", "upload": r"/lfs()/(.*)", "read": r"/([^/]+/[^/]+)/resolve/[^/]+/(.*)"}.items():
+            if match := re.fullmatch(pattern, path):
+                return kind, *match.groups()
+        return "unknown", path, ""
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
