@@ -55,6 +55,7 @@ SETTINGS = [name for name in globals() if name.isupper()]
 
 import argparse
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -98,7 +99,6 @@ with contextlib.redirect_stdout(None):  # it advertises a package that is not ne
 from pyvene.models.intervenable_modelcard import type_to_module_mapping
 
 IGNORE = -100  # label of a token without loss
-WITHOUT_GRADIENT = 4  # times as many tokens fit into the same memory where no gradient is needed: stage 2's prefixes, evaluation
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the scheduler's CUDA_VISIBLE_DEVICES is left alone
 HERE = Path(__file__).resolve().parent
 
@@ -312,9 +312,8 @@ def collate(examples):
     """The examples of a step (dicts of token lists) as micro-batches (dicts of right-padded (rows, columns) tensors).
     Causal attention never looks right, so right padding needs no mask."""
     lengths = [len(example.get("prefix", [])) + len(example["input_ids"]) for example in examples]
-    groups = microbatches(lengths, TOKENS_PER_MICROBATCH * (WITHOUT_GRADIENT if "prefix" in examples[0] else 1))
     return [{key: pad_sequence([torch.tensor(examples[i][key]) for i in group], batch_first=True, padding_value=IGNORE if key == "labels" else 0)
-             for key in examples[0]} for group in groups]
+             for key in examples[0]} for group in microbatches(lengths, TOKENS_PER_MICROBATCH)]
 
 
 def example_losses(logits, labels):
@@ -624,6 +623,7 @@ if __name__ == "__main__":
     train_prompts, validation_prompts = to_tokens(train_rows), to_tokens(validation_rows)
     # The paper's text ends in " Yes" in stage 1 and in "Yes" in stage 2; both add the end-of-sequence token.
     endings = {text: tokens_after_prompt(tokenizer, text + tokenizer.eos_token) for text in (" Yes", " No", "Yes", "No")}
+    start = os.path.commonprefix([prompt[:-2] for prompt in train_prompts])  # all prompts begin alike, with the instruction
     lora_examples, reft_examples = [], []
     for row, prompt in zip(train_rows, train_prompts):
         tokens = (prompt + endings[" " + row["answer"]])[:MAX_LENGTH]
@@ -631,8 +631,8 @@ if __name__ == "__main__":
         lora_examples.append({"input_ids": tokens, "labels": [IGNORE if token == tokenizer.eos_token_id else token for token in tokens]})
         tokens = endings[row["answer"]]
         if len(prompt) + len(tokens) <= MAX_LENGTH:  # cut, its answer would be gone
-            # All before the last prompt token is the prefix; the loss is on the answer and its end only.
-            reft_examples.append({"prefix": prompt[:-1], "prefix_mask": [1] * len(prompt[:-1]),
+            # All before the last prompt token is the prefix, here without the common start; the loss is on the answer and its end only.
+            reft_examples.append({"prefix": prompt[len(start):-1], "prefix_mask": [1] * len(prompt[:-1]),
                                   "input_ids": prompt[-1:] + tokens, "labels": [IGNORE] + tokens})
     if EPOCHS_REFT and not reft_examples:
         stop(f"no training example fits into --max-length {MAX_LENGTH}")
@@ -713,9 +713,14 @@ if __name__ == "__main__":
             assert trainable == REFT_RANK * (2 * config.hidden_size + 1)  # R, W and b; 32,772 on the 7B model
             print(f"\nstage 2, LoReFT at block {REFT_LAYER}: {trainable:,} trainable parameters, {EPOCHS_REFT} epochs", flush=True)
 
+            with torch.no_grad():  # what comes before the intervention is constant: its keys and values need no gradient
+                start_cache = model.base_model(input_ids=torch.tensor([start], device=DEVICE), use_cache=True).past_key_values
+
             def reft_losses(rows):
-                with torch.no_grad():  # the prefix comes before the intervention: its keys and values are constants
-                    prefix = model.base_model(input_ids=rows["prefix"], use_cache=True).past_key_values
+                with torch.no_grad():
+                    prefix = copy.deepcopy(start_cache)
+                    prefix.batch_repeat_interleave(len(rows["prefix"]))
+                    model.base_model(input_ids=rows["prefix"], past_key_values=prefix)
                 position = rows["prefix_mask"].sum(1, keepdim=True) + torch.arange(rows["input_ids"].shape[1], device=DEVICE)
                 mask = torch.cat([rows["prefix_mask"], torch.ones_like(rows["input_ids"])], 1)
                 inputs = {"input_ids": rows["input_ids"], "attention_mask": mask, "position_ids": position, "past_key_values": prefix}
@@ -763,7 +768,8 @@ if __name__ == "__main__":
     if texts:
         print(f"resuming after {len(texts):,} answers", flush=True)
     with open(answers_file, "a") as file, tqdm(total=len(validation_rows), initial=len(texts), unit="question", dynamic_ncols=True) as bar:
-        for group in microbatches([len(prompt) for prompt in validation_prompts], WITHOUT_GRADIENT * TOKENS_PER_MICROBATCH):
+        # Without gradient, four times the tokens fit into stage 1's memory.
+        for group in microbatches([len(prompt) for prompt in validation_prompts], 4 * TOKENS_PER_MICROBATCH):
             if all(i in texts for i in group):
                 continue
             started = time.time()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("OMP_WAIT_POLICY", "active")  # of both: alone on a machine, waiting threads may spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of both: on shared cores, threads that wait for each other would measure the neighbours
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch

@@ -1,11 +1,13 @@
 """The script against tests/listing.py: losses, merged update, LoReFT weights and texts, in float32 with dropout 0 (spec: 1e-5)."""
 
+import shutil
 
 import pytest
 import torch
 from conftest import load, run_script, tiny_settings
 from peft import PeftModel
 
+import benchmark
 import heft_finetuning as heft
 import listing
 
@@ -87,3 +89,18 @@ def test_what_the_tokens_are(tiny):
         assert tokenizer.convert_ids_to_tokens(prompt[:3])[:2] == ["<s>", "<s>"] and prompt[2] != tokenizer.bos_token_id
         for answer, ending in endings.items():
             assert tokenizer(row["prompt"] + answer + "</s>")["input_ids"] == prompt + ending
+
+
+def test_memory_grows_with_the_microbatch_and_not_with_the_data(tmp_path):
+    def peak(copies, tokens):
+        place = tmp_path / f"{copies}-{tokens}"
+        shutil.copytree(tmp_path / "data", place / "data")
+        (place / "data/train.jsonl").write_text((tmp_path / "data/train.jsonl").read_text() * copies)  # no longer longest example
+        flags = ["--base-model", str(tmp_path / "model"), "--dataset", str(place / "data"), "--no-push-to-hub", "--dtype", "float32",
+                 "--epochs-lora", "1", "--epochs-reft", "1", "--reft-layer", "1", "--tokens-per-microbatch", str(tokens)]
+        return run_script(place, flags)[0]["peak_memory_gb"]
+
+    benchmark.make_model(tmp_path / "model", None, 2, 64, "float32")  # 32,000 words: the logits are what takes memory
+    benchmark.make_data(tmp_path / "data", None, 32, 8, load(tmp_path / "model")[1])
+    small, wide, long = peak(1, 512), peak(1, 2048), peak(3, 512)
+    assert wide > small + 0.3 and long < small + 0.1, (small, wide, long)
