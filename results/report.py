@@ -132,6 +132,9 @@ def seed_table(runs):
             "|---|---|---|---|---|---|", *lines] if lines else []
 
 
+MCNEMAR = "Pairs, by the exact McNemar test on the stored predictions; below p = 0.05 a pair counts as different."
+
+
 def pair_lines(runs):
     """The sentence of each pair of runs; pairs on different questions are named, not compared."""
     lines, different = [], 0
@@ -147,10 +150,12 @@ def write_report(folder=HERE):
     paper = json.loads((HERE / "paper.json").read_text())
     table_1, n = paper["table_1"], paper["num_validation_samples"]
     runs, skipped = read_runs(folder)
+    smoke, smoke_skipped = read_runs(folder / "smoke")
+    smoke |= {name: run for name, run in runs.items() if run["settings"].get("SMOKE")}  # wherever it lies, it never mixes
+    runs = {name: run for name, run in runs.items() if not run["settings"].get("SMOKE")}
     # A run counts for a row of Table 1 if it is that experiment: the name says so, and the questions are all there.
     main = {name: runs[name] for name in table_1 if name in runs and runs[name]["num_validation_samples"] == n}
     others = {name: run for name, run in runs.items() if name not in main}
-    smoke, smoke_skipped = read_runs(folder / "smoke")
     seeds, seeds_skipped = read_runs(folder / "smoke/seeds")
     skipped += [f"smoke/{s}" for s in smoke_skipped] + [f"smoke/seeds/{s}" for s in seeds_skipped]
 
@@ -162,7 +167,7 @@ def write_report(folder=HERE):
         lines += ["", "## Other runs", "", HEAD, *[row(name, run) for name, run in others.items()]]
     lines += seed_table(runs)
     if len(runs) > 1:
-        lines += ["", "## Pairs", "", "Exact McNemar test on the stored predictions; below p = 0.05 a pair counts as different.", "", *pair_lines(runs)]
+        lines += ["", "## Pairs", "", MCNEMAR, "", *pair_lines(runs)]
     best, second = table_1["lora20-reft20"], table_1["lora20-reft0"]
     need = smallest_difference(n, second["correct"] / n)
     lines += ["", "## What the paper's totals can tell", "",
@@ -184,12 +189,14 @@ def write_report(folder=HERE):
         toy += ["", f"HEFT is at least as good as LoRA-only in {sum(won)} of {len(won)} seeds."]
     if smoke:
         toy += ["", "Run here:", "", HEAD, *[row(name, run) for name, run in smoke.items()], *seed_table(smoke)]
+        toy += ["", MCNEMAR, "", *pair_lines(smoke)] if len(smoke) > 1 else []
     lines += toy
     if skipped:
         lines += ["", "## Skipped files", "", *[f"- {sentence}" for sentence in skipped]]
     figure(folder, runs, table_1, n)
     write(folder / "README.md", "\n".join(lines) + "\n")
     if toy:
+        (folder / "smoke").mkdir(exist_ok=True)
         write(folder / "smoke/README.md", "\n".join(["Written by `python results/report.py`; also in [results/README.md](../README.md).", *toy]) + "\n")
     for sentence in skipped:
         print(f"skipped: {sentence}")

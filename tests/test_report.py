@@ -97,6 +97,17 @@ def test_one_run_with_fewer_questions_is_no_row_of_table_1(tmp_path):
     assert "| lora3-reft3 | 3 | 3 |  |" in table_1 and "300 of 302" in rest
 
 
+def test_a_smoke_run_among_the_real_ones_does_not_mix(tmp_path):
+    write_run(tmp_path, "lora3-reft3", [True] * 3 + [False])
+    file = tmp_path / "lora3-reft3.json"
+    result = json.loads(file.read_text())
+    result["settings"]["SMOKE"] = True
+    file.write_text(json.dumps(result))
+    report.write_report(tmp_path)
+    before, smoke = (tmp_path / "README.md").read_text().split("## Smoke runs")
+    assert "3 of 4" in smoke and "3 of 4" not in before
+
+
 def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path, capsys):
     write_run(tmp_path, "lora3-reft0", [True, False])
     for name, spoil in {
