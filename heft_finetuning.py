@@ -623,7 +623,8 @@ if __name__ == "__main__":
     train_prompts, validation_prompts = to_tokens(train_rows), to_tokens(validation_rows)
     # The paper's text ends in " Yes" in stage 1 and in "Yes" in stage 2; both add the end-of-sequence token.
     endings = {text: tokens_after_prompt(tokenizer, text + tokenizer.eos_token) for text in (" Yes", " No", "Yes", "No")}
-    start = os.path.commonprefix([prompt[:-2] for prompt in train_prompts])  # all prompts begin alike, with the instruction
+    # All prompts begin with the same instruction: stage 2 computes it once. At least one token of each is left for the prefix.
+    start = os.path.commonprefix([prompt[:-2] for prompt in train_prompts])
     lora_examples, reft_examples = [], []
     for row, prompt in zip(train_rows, train_prompts):
         tokens = (prompt + endings[" " + row["answer"]])[:MAX_LENGTH]

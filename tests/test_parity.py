@@ -95,7 +95,7 @@ def test_memory_grows_with_the_microbatch_and_not_with_the_data(tmp_path):
     def peak(copies, tokens):
         place = tmp_path / f"{copies}-{tokens}"
         shutil.copytree(tmp_path / "data", place / "data")
-        (place / "data/train.jsonl").write_text((tmp_path / "data/train.jsonl").read_text() * copies)  # no longer longest example
+        (place / "data/train.jsonl").write_text((tmp_path / "data/train.jsonl").read_text() * copies)  # copies: the longest example stays the same
         flags = ["--base-model", str(tmp_path / "model"), "--dataset", str(place / "data"), "--no-push-to-hub", "--dtype", "float32",
                  "--epochs-lora", "1", "--epochs-reft", "1", "--reft-layer", "1", "--tokens-per-microbatch", str(tokens)]
         return run_script(place, flags)[0]["peak_memory_gb"]
