@@ -1,19 +1,26 @@
-"""The script against the paper's procedure (tests/listing.py), on one model, data, precision and device, in turn.
+"""The script against the paper's procedure (tests/listing.py), on one model, data, precision and device.
 
-    python tests/benchmark.py                                        # 18 layers of width 64, 32,000 words, CPU or GPU
-    python tests/benchmark.py --model FOLDER --data FOLDER           # a tokenizer with config.json, and BoolQ rows
-    python tests/benchmark.py --layers 0 --model 7B_FOLDER --examples 320 --epochs-reft 1 --dtype bfloat16    # on a GPU
-    python tests/benchmark.py --answers 1000 --dtype bfloat16        # how many answers depend on batching
+    python tests/benchmark.py                                  # a run of minutes on one core, or on a GPU
+    python tests/benchmark.py --model FOLDER --data FOLDER     # a tokenizer with config.json, and BoolQ rows
+    python tests/benchmark.py --layers 0 --dtype bfloat16 --examples 320 --questions 100    # 7B, on a GPU
+    python tests/benchmark.py --answers 1000 --dtype bfloat16  # how many answers depend on batching
+    python tests/benchmark.py --count                          # the paper's 3 + 3 run in operations, not run
 
-The model has random weights: right for speed and memory, wrong for accuracy. Without --data, prompts have lengths drawn
-from the real distribution (lognormal; median 191 tokens, 99 % under 486, longest 1,417).
+The model has random weights: right for speed and memory, wrong for accuracy. Without --data, prompts have
+lengths drawn from the real distribution (lognormal; median 191 tokens, 99 % under 486, longest 1,417).
+
+The default model has 18 layers of width 512, 4 heads of the 7B model's 128, 32,000 words, and the
+intervention in the middle, as in the 7B model. The blocks have 78 % of the operations per token (7B: 98 %),
+the output layer the rest. Attention between tokens comes on top and weighs more than in the 7B model: the
+last line of the count says how much. 32 examples are one step, so that micro-batches are as full as in a real
+run; LoReFT then trains on what LoRA's step has made. The default run has 35e12 operations, and up to 10e12 of
+attention: about a quarter of an hour on a core that does 60e9 in a second.
 """
 
 import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,22 +29,47 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of both: on shared cores, threads that wait for each other would measure the neighbours
+# Of both: on shared cores, threads that wait for each other would measure the neighbours.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import listing
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import heft_finetuning as heft
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STAGES = ("lora", "reft", "evaluation")
+# What options that are not given are, in a run, with --answers and with --count.
+RUN = dict(layers=18, width=512, examples=32, questions=100, epochs_lora=1, epochs_reft=2)
+# Narrow: the answers, not the seconds, are looked at.
+ANSWERS = dict(layers=18, width=64, examples=64, epochs_lora=0, epochs_reft=0)
+# The paper's 3 + 3 epochs on all of BoolQ with the 7B model.
+COUNT = dict(layers=0, width=512, examples=9427, questions=3270, epochs_lora=3, epochs_reft=3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Model and data
+
+
+def make_config(source, layers, width, tokenizer):
+    """The shape of `source` (without one: of the 7B model), or `layers` of `width` if `layers` is not 0."""
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = AutoConfig.from_pretrained(source) if source else LlamaConfig(vocab_size=32000, **ends)
+    if layers:
+        shape = dict(num_hidden_layers=layers, hidden_size=width, intermediate_size=43 * width // 16)
+        config.update(shape | dict(num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4))
+    return config
 
 
 def make_model(folder, source, layers, width, dtype, seed=0, spread=0.02):
     """A random model with the tokenizer of `source` in `folder`; `layers` 0 keeps the shape of `source`.
-    With a standard deviation of the weights (`spread`) of 0.02 it says much the same to every prompt; 0.2 makes it listen."""
+
+    With a standard deviation of the weights (`spread`) of 0.02 it says much the same to every prompt;
+    0.2 makes it listen."""
     tokenizer = AutoTokenizer.from_pretrained(source or ROOT / "smoke/model")
-    config = AutoConfig.from_pretrained(source) if source else LlamaConfig(vocab_size=32000, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    if layers:
-        config.update(dict(num_hidden_layers=layers, hidden_size=width, intermediate_size=43 * width // 16, num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4))
+    config = make_config(source, layers, width, tokenizer)
     config.initializer_range = spread
     torch.manual_seed(seed)
     with torch.device(DEVICE):
@@ -48,12 +80,16 @@ def make_model(folder, source, layers, width, dtype, seed=0, spread=0.02):
 
 
 def make_data(folder, source, examples, questions, tokenizer, seed=0):
-    """`examples` training and `questions` validation rows: the first of `source`, or made up with real lengths."""
-    import heft_finetuning as heft
+    """`examples` training and `questions` validation rows: the first of `source`, or made up."""
     folder.mkdir()
     rng = random.Random(seed)
-    words = ["keeps", "plays", "likes", "speaks", "visits", "studies", "cats", "piano", "bread", "French", "Paris", "law"]
+    words = "keeps plays likes speaks visits studies cats piano bread French Paris law".split()
     overhead = len(tokenizer(heft.BOOLQ_PROMPT_TMPL % ("", "is it law"))["input_ids"])
+
+    def made_up(length):
+        passage = " ".join(rng.choice(words) for _ in range(length - overhead))
+        return json.dumps({"question": "is it law", "passage": passage, "answer": rng.random() < 0.62})
+
     for split, n in (("train", examples), ("validation", questions)):
         if source:
             lines = (Path(source) / f"{split}.jsonl").read_text().splitlines()
@@ -61,59 +97,159 @@ def make_data(folder, source, examples, questions, tokenizer, seed=0):
                 lines += (Path(source) / "train.jsonl").read_text().splitlines()
             lines = lines[:n]
         else:
-            lengths = [min(1417, max(overhead + 5, round(191 * 2.71828 ** (0.4 * rng.gauss(0, 1))))) for _ in range(n)]
-            lines = [json.dumps({"question": "is it law", "passage": " ".join(rng.choice(words) for _ in range(length - overhead)), "answer": rng.random() < 0.62}) for length in lengths]
+            lengths = [round(191 * 2.71828 ** (0.4 * rng.gauss(0, 1))) for _ in range(n)]
+            lines = [made_up(min(1417, max(overhead + 5, length))) for length in lengths]
         assert len(lines) == n, f"{split}: {len(lines)} rows, {n} wanted"
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def peak():
-    return (torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+# ---------------------------------------------------------------------------------------------
+# Operations that the weights need: 2 per weight and token forward, and 2 back, as the weights are frozen.
+# Padding counts. Left out: attention between tokens, LoRA's and LoReFT's own weights, and what is no product.
 
 
-def baseline(arguments):
-    """Run in a process of its own: the listing's three parts, timed. Prints one line of JSON."""
-    import heft_finetuning as heft
-    import listing
-    folder, epochs_lora, epochs_reft, dtype, layer = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3], int(arguments[4])
+def steps(examples, epochs):
+    """The examples of each step, in the order that both procedures take them in."""
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(heft.SEED + epoch)
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        for first in range(0, len(order), heft.EXAMPLES_PER_STEP):
+            yield [examples[i] for i in order[first : first + heft.EXAMPLES_PER_STEP]]
+
+
+def weights(config):
+    """The weights that each token is multiplied with: (those of the blocks, those of the output layer)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    body = sum(weight.numel() for name, weight in model.named_parameters() if ".layers." in name)
+    return body, config.vocab_size * config.hidden_size
+
+
+def operations(procedure, config, layer, epochs, lora, reft, start, prompts):
+    """Operations of each stage, in the "paper" procedure or in "heft".
+
+    layer: the block of the intervention; epochs: (LoRA's, LoReFT's); lora, reft, start: what
+    heft.training_examples returns; prompts: the lengths of the questions in tokens."""
+    paper = procedure == "paper"
+    body, head = weights(config)
+    above = body * (config.num_hidden_layers - 1 - layer) / config.num_hidden_layers
+    forward, backward = 2 * (body + head), 2 * (above + head)
+
+    # Stage 1: forward and back through everything; the paper pads each example to MAX_LENGTH.
+    if paper:
+        tokens = epochs[0] * len(lora) * heft.MAX_LENGTH
+    else:
+        groups = (group for step in steps(lora, epochs[0]) for group in heft.collate(step))
+        tokens = sum(group["input_ids"].numel() for group in groups)
+    found = {"lora": 2 * forward * tokens}
+
+    # Stage 2: forward, and back to the intervention. The paper does so with all tokens of eight examples.
+    # Here what comes before the last prompt token goes through the blocks only, forward only, and the start
+    # that all prompts share only once.
+    if paper:
+        before = tokens = 0
+        for step in steps(reft, epochs[1]):
+            lengths = [len(example["prefix_mask"]) + len(example["input_ids"]) for example in step]
+            eights = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
+            tokens += sum(len(eight) * max(eight) for eight in eights)
+    else:
+        groups = [group for step in steps(reft, epochs[1]) for group in heft.collate(step)]
+        before = len(start) * bool(groups) + sum(group["prefix"].numel() for group in groups)
+        tokens = sum(group["input_ids"].numel() for group in groups)
+    found["reft"] = 2 * body * before + (forward + backward) * tokens
+
+    # Evaluation: the prompt through the blocks, its last token through the output layer, then the generated
+    # tokens but for the last. Batching adds only padding to that.
+    groups = [[i] for i in range(len(prompts))]
+    if not paper:
+        groups = heft.microbatches(prompts, 4 * heft.TOKENS_PER_MICROBATCH)
+    tokens = sum(len(group) * max(prompts[i] for i in group) for group in groups)
+    found["evaluation"] = 2 * body * tokens + len(prompts) * (2 * head + forward * (heft.MAX_NEW_TOKENS - 1))
+    return found
+
+
+def print_count(config, needed, mean):
+    """The table of --count. needed: {procedure: its `operations`}; mean: tokens of a training prompt."""
+
+    def short(number):
+        return f"{number / 1e12:,.0f}" if number >= 1e14 else f"{number / 1e12:.3g}"
+
+    body, head = weights(config)
+    print(f"the blocks have {100 * body / (body + head):.0f} % of the operations per token\n")
+    print("| stage | paper's procedure, 10^12 operations | heft | ratio |\n|---|---|---|---|")
+    for stage in (*STAGES, "all"):
+        paper, ours = (sum(found.values()) if stage == "all" else found[stage] for found in needed.values())
+        if ours:
+            print(f"| {stage} | {short(paper)} | {short(ours)} | {paper / ours:.2f} |")
+    # Two products of each token with each other per block, forward; without skipping what the mask hides.
+    each = 4 * config.num_hidden_layers * config.hidden_size / (2 * (body + head))
+    extra = [100 * each * tokens for tokens in (heft.MAX_LENGTH, mean)]
+    print(f"\nNot counted: attention between tokens, up to {extra[0]:.0f} % on top of the paper's", end=" ")
+    print(f"stage 1, and about {extra[1]:.1f} % on top of the rest", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The two procedures, each in a process of its own
+
+
+def theirs(folder, o):
+    """The listing's three parts: {"seconds", "peak", "loss": {stage: ...}, "texts": one per question}."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--layer", str(o.layer), "--baseline", str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def baseline(folder, o):
+    """What `theirs` starts: prints one line of JSON."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype), device_map=DEVICE)
-    rows, questions = heft.load_boolq(str(folder / "data"), "train"), heft.load_boolq(str(folder / "data"), "validation")
+    dtype = getattr(torch, o.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, device_map=DEVICE)
+    heft.DATASET = str(folder / "data")
+    heft.datasets.disable_progress_bars()
+    rows, questions = heft.load_boolq("train", tokenizer), heft.load_boolq("validation", tokenizer)
     found, reft = {"seconds": {}, "peak": {}, "loss": {"lora": [], "reft": []}}, None
 
-    def timed(name, work):
+    def timed(name, work, *arguments, **options):
         started = time.time()
-        value = work()
+        value = work(*arguments, **options)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        found["seconds"][name], found["peak"][name] = time.time() - started, peak()
+        found["seconds"][name], found["peak"][name] = time.time() - started, heft.peak_memory()
         return value
 
-    if epochs_lora:
-        model, found["loss"]["lora"] = timed("lora", lambda: listing.stage_1(model, tokenizer, rows, epochs_lora, dropout=0.0))
+    if o.epochs_lora:
+        options = dict(dropout=0.0)  # the two would draw other masks
+        model, losses = timed("lora", listing.stage_1, model, tokenizer, rows, o.epochs_lora, **options)
+        found["loss"]["lora"] = losses
         model = model.merge_and_unload()
-    if epochs_reft:
-        reft, found["loss"]["reft"] = timed("reft", lambda: listing.stage_2(model, tokenizer, rows, epochs_reft, layer=layer))
-    found["texts"] = timed("evaluation", lambda: listing.evaluate(model, tokenizer, questions, reft))
+    if o.epochs_reft:
+        options = dict(layer=o.layer)
+        reft, losses = timed("reft", listing.stage_2, model, tokenizer, rows, o.epochs_reft, **options)
+        found["loss"]["reft"] = losses
+    found["texts"] = timed("evaluation", listing.evaluate, model, tokenizer, questions, reft)
     print(json.dumps(found))
 
 
-def ours(folder, epochs_lora, epochs_reft, dtype, layer, tokens):
-    """The script itself, as a user starts it. Returns the same as `baseline` prints."""
+def ours(folder, o):
+    """The script itself, as a user starts it. Returns the same as `theirs`."""
+    flags = ["--base-model", folder / "model", "--dataset", folder / "data", "--no-push-to-hub"]
+    flags += ["--epochs-lora", o.epochs_lora, "--epochs-reft", o.epochs_reft, "--reft-layer", o.layer]
+    flags += ["--lora-dropout", 0, "--dtype", o.dtype, "--tokens-per-microbatch", o.tokens]
+    command = [sys.executable, str(ROOT / "heft_finetuning.py"), *map(str, flags)]
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        subprocess.run([sys.executable, ROOT / "heft_finetuning.py", "--base-model", folder / "model", "--dataset", folder / "data", "--no-push-to-hub", "--dtype", dtype,
-                        "--epochs-lora", str(epochs_lora), "--epochs-reft", str(epochs_reft), "--reft-layer", str(layer), "--lora-dropout", "0",
-                        "--tokens-per-microbatch", str(tokens)], cwd=place, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
         (result,) = (json.loads(path.read_text()) for path in Path(place, "results").glob("*.json"))
         (predictions,) = Path(place, "results").glob("*.predictions.jsonl")
-        peaks = {json.loads(path.read_text())["content"][:6]: json.loads(path.read_text())["peak_memory_gb"] for path in Path(place, "output").glob("*/heft.json")}
-        return {"seconds": result["seconds"], "loss": result["loss"], "texts": [json.loads(line)["text"] for line in predictions.read_text().splitlines()],
-                "peak": {"lora": peaks.get("Merged"), "reft": peaks.get("LoReFT"), "evaluation": result["peak_memory_gb"]}}
+        texts = [json.loads(line)["text"] for line in predictions.read_text().splitlines()]
+        peak = {"evaluation": result["peak_memory_gb"]}
+        for path in Path(place, "output").glob("*/heft.json"):
+            stage = "lora" if (path.parent / "adapter_config.json").exists() else "reft"
+            peak[stage] = json.loads(path.read_text())["peak_memory_gb"]
+    return {"seconds": result["seconds"], "loss": result["loss"], "texts": texts, "peak": peak}
 
 
-def theirs(folder, *arguments):
-    done = subprocess.run([sys.executable, __file__, "--baseline", folder, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+# ---------------------------------------------------------------------------------------------
+# What is measured
 
 
 def product_rate(dtype):
@@ -131,72 +267,123 @@ def product_rate(dtype):
     return best
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder with a tokenizer and config.json (default: the smoke model's tokenizer, 32,000 words)")
-    parser.add_argument("--data", help="folder with train.jsonl and validation.jsonl (default: made up, with real lengths)")
-    parser.add_argument("--layers", type=int, default=18, help="0: the shape in --model (default: 18)")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--examples", type=int, default=64, help="training examples (default: 64)")
-    parser.add_argument("--questions", type=int, default=100, help="validation questions (default: 100)")
-    parser.add_argument("--epochs-lora", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--epochs-reft", type=int, default=4, help="(default: 4: as many steps as make starting up a small part)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=int, default=2048, help="TOKENS_PER_MICROBATCH (default: 2048)")
-    parser.add_argument("--layer", type=int, default=15, help="REFT_LAYER (default: 15)")
-    parser.add_argument("--answers", type=int, help="no training: compare the answers to so many prompts, batched and one by one")
-    parser.add_argument("--ours-only", action="store_true", help="leave the baseline out")
+def print_times(new, old, needed, tokens, rate):
+    """The table of a run. old: None with --ours-only; tokens: of the prompts that each stage takes in."""
+    print("\n| stage | paper's procedure s | heft s | ratio | prompt tokens per s", end=" ")
+    print("| share of the matrix product % | peak GB so far, paper's | peak GB so far, heft |")
+    print("|---" * 8 + "|")
+    stages = [stage for stage in STAGES if new["seconds"][stage]]
+    for stage in stages:
+        seconds, before = new["seconds"][stage], old and old["seconds"][stage]
+        times = f"{before:.1f} | {seconds:.1f} | {before / seconds:.1f}" if old else f" | {seconds:.1f} | "
+        share = f"{100 * needed['heft'][stage] / seconds / rate:.1f}"
+        peaks = (f"{old['peak'][stage]:.1f}" if old else "") + f" | {new['peak'][stage]:.1f}"
+        print(f"| {stage} | {times} | {tokens[stage] / seconds:,.0f} | {share} | {peaks} |")
+    if len(stages) > 1:
+        seconds = sum(new["seconds"][stage] for stage in stages)
+        before = old and sum(old["seconds"][stage] for stage in stages)
+        times = f"{before:.1f} | {seconds:.1f} | {before / seconds:.1f}" if old else f" | {seconds:.1f} | "
+        print(f"| all | {times} |  |  |  |  |")
+
+
+def print_differences(new, old, dtype):
+    """How far the losses and the answers of the two procedures are apart."""
+    print()
+    for stage in ("lora", "reft"):
+        if new["loss"][stage]:
+            a, b = torch.tensor(new["loss"][stage]), torch.tensor(old["loss"][stage])
+            largest = f"{((a - b).abs() / b).max().item():.1e} over {len(a)} steps"
+            print(f"{stage}: largest relative difference of a step's loss {largest}")
+    pairs = list(zip(new["texts"], old["texts"]))
+    texts = sum(a != b for a, b in pairs)
+    answers = sum(heft.predict(a) != heft.predict(b) for a, b in pairs)
+    share = [f"{100 * differ / len(pairs):.1f} %" for differ in (texts, answers)]
+    print(f"batched against one by one, {dtype}: {texts} of {len(pairs)} texts differ ({share[0]}),", end=" ")
+    print(f"{answers} answers ({share[1]}); {len(set(new['texts']))} different texts")
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def read_options():
+    """The command line; what is not given is taken from RUN, ANSWERS or COUNT."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+
+    def add(flag, text, **options):
+        name = flag[2:].replace("-", "_")
+        if name in RUN:
+            options, text = options | dict(type=int), f"{text} (default: {RUN[name]}; --count: {COUNT[name]})"
+        parser.add_argument(flag, help=text, **options)
+
+    add("--model", "folder with a tokenizer and config.json (default: the smoke model's tokenizer)")
+    add("--data", "folder with train.jsonl and validation.jsonl (default: made up, of real lengths)")
+    add("--layers", "0: the shape in --model, or the 7B shape")
+    add("--width", "of the hidden states, unless --layers is 0")
+    add("--examples", "training examples")
+    add("--questions", "validation questions")
+    add("--epochs-lora", "epochs of stage 1")
+    add("--epochs-reft", "epochs of stage 2")
+    add("--dtype", "(default: float32)", default="float32", choices=["float32", "bfloat16"])
+    add("--tokens", "TOKENS_PER_MICROBATCH (default: 2048)", type=int, default=2048)
+    add("--layer", "REFT_LAYER (default: the middle, in the 7B shape the paper's 15)", type=int)
+    add("--answers", "no training: compare so many answers, batched and one by one; width 64", type=int)
+    add("--ours-only", "leave the paper's procedure out", action="store_true")
+    add("--count", "only count operations", action="store_true")
+    add("--baseline", argparse.SUPPRESS, type=Path)
     o = parser.parse_args()
     if o.answers:
         o.questions, o.epochs_lora, o.epochs_reft = o.answers, 0, 0
+    for name, value in (COUNT if o.count else ANSWERS if o.answers else RUN).items():
+        if getattr(o, name) is None:
+            setattr(o, name, value)
+    return o
 
+
+def main(o):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        config = make_model(folder / "model", o.model, o.layers, o.width, o.dtype, spread=0.2 if o.answers else 0.02)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        make_data(folder / "data", o.data, o.examples, o.questions, tokenizer)
-        import heft_finetuning as heft
-        tokens = {split: sum(len(tokenizer(row["prompt"])["input_ids"]) for row in heft.load_boolq(str(folder / "data"), split)) for split in ("train", "validation")}
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        work = skeleton.num_parameters() - skeleton.get_input_embeddings().weight.numel()  # products per token
-        body, head = work - config.vocab_size * config.hidden_size, config.vocab_size * config.hidden_size
-        device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        print(f"{device}; torch {torch.__version__}; {config.num_hidden_layers} layers of width {config.hidden_size}, {o.dtype}, {skeleton.num_parameters():,} parameters\n"
-              f"{o.examples} examples ({tokens['train'] / o.examples:.0f} prompt tokens each), {o.epochs_lora} + {o.epochs_reft} epochs; "
-              f"{o.questions} questions ({tokens['validation'] / o.questions:.0f}); {o.tokens} tokens per micro-batch", flush=True)
-        rate = product_rate(o.dtype)
-        new = ours(folder, o.epochs_lora, o.epochs_reft, o.dtype, o.layer, o.tokens)
-        old = None if o.ours_only else theirs(folder, o.epochs_lora, o.epochs_reft, o.dtype, o.layer)
+        tokenizer = AutoTokenizer.from_pretrained(o.model or ROOT / "smoke/model")
+        config = make_config(o.model, o.layers, o.width, tokenizer)
+        o.layer = (config.num_hidden_layers - 1) // 2 if o.layer is None else o.layer
+        if o.count and o.data:  # as many as there are
+            heft.MAX_TRAIN_SAMPLES, heft.MAX_EVAL_SAMPLES = o.examples, o.questions
+            heft.DATASET = o.data
+        else:
+            make_data(folder / "data", o.data, o.examples, o.questions, tokenizer)
+            heft.DATASET = str(folder / "data")
+        heft.TOKENS_PER_MICROBATCH = o.tokens
+        heft.datasets.disable_progress_bars()
+        rows, questions = heft.load_boolq("train", tokenizer), heft.load_boolq("validation", tokenizer)
+        prompts = [len(row["tokens"]) for row in questions]
+        train, epochs = sum(len(row["tokens"]) for row in rows), (o.epochs_lora, o.epochs_reft)
+        data = (*heft.training_examples(tokenizer, rows), prompts)
+        needed = {name: operations(name, config, o.layer, epochs, *data) for name in ("paper", "heft")}
 
-    # Useful operations: what the mathematics needs. Stage 1: 2 per weight and token forward, 2 back (the weights are frozen).
-    # Stage 2: the prompt forward without the head, then three tokens forward and, above the intervention, back.
-    above = 1 - (o.layer + 1) / config.num_hidden_layers
-    operations = {"lora": o.epochs_lora * 4 * work * (tokens["train"] + 2 * o.examples),
-                  "reft": o.epochs_reft * (2 * body * tokens["train"] + o.examples * 3 * (2 * work + 2 * (above * body + head))),
-                  "evaluation": 2 * body * tokens["validation"] + 2 * head * o.questions + 4 * 2 * work * o.questions}
-    count = {"lora": o.epochs_lora * tokens["train"], "reft": o.epochs_reft * tokens["train"], "evaluation": tokens["validation"]}
-    print(f"matrix product measured here: {rate / 1e9:,.0f} billion operations per second\n")
-    print("| stage | paper's procedure s | heft s | ratio | tokens per s | share of the matrix product % | peak GB, paper's | peak GB, heft |\n|---|---|---|---|---|---|---|---|")
-    stages = [stage for stage in ("lora", "reft", "evaluation") if new["seconds"][stage]]
-    for stage in stages + ["all"] * (len(stages) > 1):
-        seconds = sum(new["seconds"][s] for s in stages) if stage == "all" else new["seconds"][stage]
-        before = old and (sum(old["seconds"][s] for s in stages) if stage == "all" else old["seconds"][stage])
-        print(f"| {stage} | {f'{before:.1f}' if old else ''} | {seconds:.1f} | {f'{before / seconds:.1f}' if old else ''} | "
-              + (" |  |  |  |" if stage == "all" else f"{count[stage] / seconds:,.0f} | {100 * operations[stage] / seconds / rate:.1f} "
-                 f"| {f'''{old['peak'][stage]:.1f}''' if old else ''} | {new['peak'][stage]:.1f} |"))
+        shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, LoReFT at block {o.layer}"
+        lengths = [f"{train / len(rows):.0f} prompt tokens each", f"{sum(prompts) / len(prompts):.0f}"]
+        print(f"{shape}; {len(rows):,} examples ({lengths[0]}), {epochs[0]} + {epochs[1]} epochs;", end=" ")
+        print(f"{len(prompts):,} questions ({lengths[1]}); {o.tokens} tokens per micro-batch")
+        print_count(config, needed, train / len(rows))
+        if o.count:
+            return
+
+        rate = product_rate(o.dtype)
+        print(f"\n{heft.device_name()}; torch {torch.__version__}; {o.dtype};", end=" ")
+        print(f"matrix product {rate / 1e9:,.0f} billion operations per second", flush=True)
+        spread = 0.2 if o.answers else 0.02
+        make_model(folder / "model", o.model, o.layers, o.width, o.dtype, spread=spread)
+        new = ours(folder, o)
+        old = None if o.ours_only else theirs(folder, o)
+    tokens = {"lora": o.epochs_lora * train, "reft": o.epochs_reft * train, "evaluation": sum(prompts)}
+    print_times(new, old, needed, tokens, rate)
     if old:
-        for stage in ("lora", "reft"):
-            if new["loss"][stage]:
-                a, b = torch.tensor(new["loss"][stage]), torch.tensor(old["loss"][stage])
-                print(f"\n{stage}: largest relative difference of a step's loss {((a - b).abs() / b).max().item():.1e} over {len(a)} steps", end="")
-        texts = sum(a != b for a, b in zip(new["texts"], old["texts"]))
-        answers = sum(heft.predict(a) != heft.predict(b) for a, b in zip(new["texts"], old["texts"]))
-        print(f"\nbatched against one by one, {o.dtype}: {texts} of {o.questions} texts differ ({100 * texts / o.questions:.1f} %), {answers} answers ({100 * answers / o.questions:.1f} %); {len(set(new['texts']))} different texts")
+        print_differences(new, old, o.dtype)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--baseline"]:
-        baseline(sys.argv[2:])
+    options = read_options()
+    if options.baseline:
+        baseline(options.baseline, options)
     else:
-        main()
+        main(options)

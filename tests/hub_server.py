@@ -1,4 +1,4 @@
-"""A Hub on the loopback: the calls that huggingface_hub makes, kept in memory, and the ways in which a Hub fails."""
+"""A Hub on the loopback: the calls that huggingface_hub makes, kept in memory, and its ways to fail."""
 
 import base64
 import hashlib
@@ -7,18 +7,35 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+REPO = "([^/]+/[^/]+)"
+CALLS = {  # kind: pattern of the path with two groups, repository and rest
+    "whoami": "/api/whoami-v2()()",
+    "card": "/api/validate-yaml()()",
+    "create": "/api/repos/create()()",
+    "auth": f"/api/models/{REPO}/auth-check(.*)",
+    "preupload": f"/api/models/{REPO}/preupload/(.*)",
+    "commit": f"/api/models/{REPO}/commit/(.*)",
+    "tree": f"/api/models/{REPO}/tree/(.*)",
+    "info": f"/api/models/{REPO}(?:/revision/.*)?()",
+    "batch": rf"/{REPO}\.git/info/lfs/objects/batch()",
+    "upload": "/lfs()/(.*)",
+    "read": f"/{REPO}/resolve/[^/]+/(.*)",
+}
 
 
 class Hub:
-    """`files[repo][path]` is what is stored; `calls` lists (method, kind of call); `refuse` maps a kind to what happens.
+    """`files[repo][path]` is what is stored; `calls` lists (method, kind); `refuse` maps kinds to refusals.
 
-    Kinds: whoami, create, auth, info, read, preupload, batch, upload, commit. Refusals: a status number, "429" with Retry-After once,
-    "cut" (the connection ends within the answer), "stall" (no answer for `stall` seconds).
+    Kinds: whoami, create, auth, info, read, preupload, batch, upload, commit. Refusals: a status number,
+    "429" with Retry-After once, "cut" (the connection ends within the answer), "stall" (no answer for `stall`
+    seconds).
     """
 
     def __init__(self):
-        self.files, self.objects, self.calls, self.tokens, self.refuse, self.stall = {}, {}, [], set(), {}, 5
-        self.private = {}
+        self.files, self.objects, self.private = {}, {}, {}
+        self.calls, self.tokens, self.refuse, self.stall = [], set(), {}, 5
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -30,7 +47,8 @@ class Hub:
             def answer(self, status, body=b"", **headers):
                 body = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
-                for key, value in ({"Content-Length": len(body), "Content-Type": "application/json"} | headers).items():
+                usual = {"Content-Length": len(body), "Content-Type": "application/json"}
+                for key, value in (usual | headers).items():
                     self.send_header(key.replace("_", "-"), str(value))
                 self.end_headers()
                 if self.command != "HEAD":
@@ -46,7 +64,7 @@ class Hub:
                     self.rfile.readline()
                 else:
                     body = self.rfile.read(length)
-                path = self.path.split("?")[0]
+                path = unquote(self.path.split("?")[0])
                 kind, repo, rest = hub.what(self.command, path)
                 hub.calls.append((self.command, kind))
                 token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -81,45 +99,62 @@ class Hub:
                 self.answer(404, {"error": f"the tests' Hub does not know {self.command} {path}"})
 
             def do_whoami(self, *_):
-                self.answer(200, {"name": "tester", "type": "user", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
+                token = {"accessToken": {"role": "write"}}
+                self.answer(200, {"name": "tester", "type": "user", "auth": token, "orgs": []})
 
             def do_create(self, repo, rest, body):
                 asked = json.loads(body)
                 repo = f"{asked.get('organization') or 'tester'}/{asked['name']}"
                 if repo in hub.files:
-                    return self.answer(409, {"error": "You already created this model repo", "url": f"{hub.url}/{repo}"})
+                    error = "You already created this model repo"
+                    return self.answer(409, {"error": error, "url": f"{hub.url}/{repo}"})
                 hub.files[repo] = {}
                 hub.private[repo] = asked.get("private", asked.get("visibility") == "private")
                 self.answer(200, {"url": f"{hub.url}/{repo}", "name": repo})
 
             def do_auth(self, repo, *_):
-                self.answer(200 if repo in hub.files else 404, {}, **({} if repo in hub.files else {"X_Error_Code": "RepoNotFound"}))
+                if repo not in hub.files:
+                    return self.answer(404, {}, X_Error_Code="RepoNotFound")
+                self.answer(200, {})
 
             def do_info(self, repo, *_):
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-                self.answer(200, {"id": repo, "modelId": repo, "private": True, "sha": "0" * 40, "siblings": [{"rfilename": name} for name in hub.files[repo]], "tags": [], "downloads": 0, "likes": 0})
+                info = {"id": repo, "modelId": repo, "private": True, "sha": "0" * 40}
+                info["siblings"] = [{"rfilename": name} for name in hub.files[repo]]
+                self.answer(200, info | {"tags": [], "downloads": 0, "likes": 0})
 
             def do_tree(self, repo, *_):
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-                self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in hub.files[repo].items()])
+                sizes = {name: len(data) for name, data in hub.files[repo].items()}
+                usual = {"type": "file", "oid": "0" * 40}
+                self.answer(200, [usual | {"path": name, "size": size} for name, size in sizes.items()])
 
             def do_read(self, repo, name, *_):
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
                 if name not in hub.files[repo]:
-                    return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit="0" * 40)
+                    headers = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": "0" * 40}
+                    return self.answer(404, {"error": "Entry not found"}, **headers)
                 data = hub.files[repo][name]
-                self.answer(200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit="0" * 40, Accept_Ranges="bytes")
+                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": "0" * 40}
+                self.answer(200, data, **headers, Accept_Ranges="bytes")
 
             def do_preupload(self, repo, rest, body):
-                self.answer(200, {"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".bin")) else "regular", "shouldIgnore": False, "oid": None}
-                                            for f in json.loads(body)["files"]]})
+                files = []
+                for path in [file["path"] for file in json.loads(body)["files"]]:
+                    mode = "lfs" if path.endswith((".safetensors", ".bin")) else "regular"
+                    files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None})
+                self.answer(200, {"files": files})
 
             def do_batch(self, repo, rest, body):
-                self.answer(200, {"transfer": "basic", "objects": [
-                    {"oid": o["oid"], "size": o["size"], "authenticated": True, "actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}", "header": {}}}} for o in json.loads(body)["objects"]]})
+                objects = []
+                for item in json.loads(body)["objects"]:
+                    actions = {"upload": {"href": f"{hub.url}/lfs/{item['oid']}", "header": {}}}
+                    about = {key: item[key] for key in ("oid", "size")}
+                    objects.append(about | {"authenticated": True, "actions": actions})
+                self.answer(200, {"transfer": "basic", "objects": objects})
 
             def do_upload(self, repo, oid, body):
                 assert hashlib.sha256(body).hexdigest() == oid
@@ -133,7 +168,8 @@ class Hub:
                         hub.files[repo][value["path"]] = base64.b64decode(value["content"])
                     elif line["key"] == "lfsFile":
                         hub.files[repo][value["path"]] = hub.objects[value["oid"]]
-                self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repo}/commit/{'0' * 40}", "hookOutput": ""})
+                commit = {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repo}/commit/{'0' * 40}"}
+                self.answer(200, {"success": True} | commit | {"hookOutput": ""})
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -143,10 +179,7 @@ class Hub:
     @staticmethod
     def what(method, path):
         """(kind, repository, rest) of a call."""
-        for kind, pattern in {"whoami": r"/api/whoami-v2()()", "card": r"/api/validate-yaml()()", "create": r"/api/repos/create()()", "auth": r"/api/models/([^/]+/[^/]+)/auth-check(.*)",
-                              "preupload": r"/api/models/([^/]+/[^/]+)/preupload/(.*)", "commit": r"/api/models/([^/]+/[^/]+)/commit/(.*)",
-                              "tree": r"/api/models/([^/]+/[^/]+)/tree/(.*)", "info": r"/api/models/([^/]+/[^/]+)(?:/revision/.*)?()",
-                              "batch": r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch()", "upload": r"/lfs()/(.*)", "read": r"/([^/]+/[^/]+)/resolve/[^/]+/(.*)"}.items():
+        for kind, pattern in CALLS.items():
             if match := re.fullmatch(pattern, path):
                 return kind, *match.groups()
         return "unknown", path, ""

@@ -41,10 +41,15 @@ def torn_model(place):
 def other_version(place):
     """A stage 1 that another base model made."""
     import heft_finetuning as heft
-    settings = heft.read_settings(tiny_settings(place / "given") + ["--epochs-lora", "1", "--epochs-reft", "1"])
-    folder = place / "work/output" / heft.run_name(settings, stage_1_only=True)
+
+    settings = heft.read_settings(
+        tiny_settings(place / "given") + ["--epochs-lora", "1", "--epochs-reft", "1"]
+    )
+    folder = place / "work/output" / heft.run_name(settings, "lora")
     folder.mkdir(parents=True)
-    (folder / "heft.json").write_text(json.dumps({"settings": {"BASE_VERSION": "another"}, "seconds": 0, "loss": []}))
+    (folder / "heft.json").write_text(
+        json.dumps({"settings": {"BASE_VERSION": "another"}, "seconds": 0, "loss": []})
+    )
 
 
 # what is wrong: flags; how the given files are spoilt; what the line must say
@@ -75,52 +80,136 @@ MISTAKES = {
     "empty model": (["--base-model", ""], None, "--base-model must not be empty"),
     "no such model": (["--base-model", "nobody/nothing"], None, "nobody/nothing"),
     "no such model folder": (["--base-model", "./model"], None, "./model"),
-    "model is a file": ([], lambda p: (shutil.rmtree(p / "given/model"), (p / "given/model").write_text("x")), "given/model"),
-    "model without weights": ([], lambda p: (p / "given/model/model.safetensors").unlink(), "no weights in safetensors form"),
+    "model is a file": (
+        [],
+        lambda p: (shutil.rmtree(p / "given/model"), (p / "given/model").write_text("x")),
+        "given/model",
+    ),
+    "model without weights": (
+        [],
+        lambda p: (p / "given/model/model.safetensors").unlink(),
+        "no weights in safetensors form",
+    ),
     "model without config": ([], lambda p: (p / "given/model/config.json").unlink(), "cannot use the model"),
-    "model without tokenizer": ([], lambda p: [f.unlink() for f in (p / "given/model").glob("token*")], "cannot use the model"),
+    "model without tokenizer": (
+        [],
+        lambda p: [f.unlink() for f in (p / "given/model").glob("token*")],
+        "cannot use the model",
+    ),
     "torn weights": ([], torn_model, "cannot load the model"),
-    "weights of fewer layers": ([], lambda p: edit_config(p, num_hidden_layers=6, layer_types=None), "lacks weights"),
+    "weights of fewer layers": (
+        [],
+        lambda p: edit_config(p, num_hidden_layers=6, layer_types=None),
+        "lacks weights",
+    ),
     "not for text": ([], lambda p: edit_config(p, model_type="vit"), "cannot use the model"),
     "no such dataset": (["--dataset", "nobody/nothing"], None, "nobody/nothing"),
-    "dataset folder empty": ([], lambda p: [f.unlink() for f in (p / "given/data").iterdir()], "cannot read the train split"),
-    "dataset without validation": ([], lambda p: (p / "given/data/validation.jsonl").unlink(), "validation split"),
-    "dataset without answers": ([], lambda p: rewrite(p / "given/data/train.jsonl", without("answer")), "not all have the fields question, passage, answer"),
-    "no answers anywhere": ([], lambda p: [rewrite(p / f"given/data/{split}.jsonl", without("answer")) for split in ("train", "validation")], "lacks answer (bool)"),
-    "dataset without passages": ([], lambda p: rewrite(p / "given/data/validation.jsonl", without("passage")), "no question, passage or answer in row 1"),
-    "answers are words": ([], lambda p: rewrite(p / "given/data/train.jsonl", lambda i, row: row | {"answer": "yes"}), "answer (bool)"),
-    "an answer is missing": ([], lambda p: rewrite(p / "given/data/train.jsonl", lambda i, row: row | {"answer": None if i == 4 else True}), "row 5"),
-    "dataset is torn": ([], lambda p: (p / "given/data/train.jsonl").write_text('{"question": "is'), "cannot read the train split"),
+    "dataset folder empty": (
+        [],
+        lambda p: [f.unlink() for f in (p / "given/data").iterdir()],
+        "cannot read the train split",
+    ),
+    "dataset without validation": (
+        [],
+        lambda p: (p / "given/data/validation.jsonl").unlink(),
+        "validation split",
+    ),
+    "dataset without answers": (
+        [],
+        lambda p: rewrite(p / "given/data/train.jsonl", without("answer")),
+        "not all have the fields question, passage, answer",
+    ),
+    "no answers anywhere": (
+        [],
+        lambda p: [
+            rewrite(p / f"given/data/{split}.jsonl", without("answer")) for split in ("train", "validation")
+        ],
+        "lacks answer (bool)",
+    ),
+    "dataset without passages": (
+        [],
+        lambda p: rewrite(p / "given/data/validation.jsonl", without("passage")),
+        "no question, passage or answer in row 1",
+    ),
+    "answers are words": (
+        [],
+        lambda p: rewrite(p / "given/data/train.jsonl", lambda i, row: row | {"answer": "yes"}),
+        "answer (bool)",
+    ),
+    "an answer is missing": (
+        [],
+        lambda p: rewrite(
+            p / "given/data/train.jsonl", lambda i, row: row | {"answer": None if i == 4 else True}
+        ),
+        "row 5",
+    ),
+    "dataset is torn": (
+        [],
+        lambda p: (p / "given/data/train.jsonl").write_text('{"question": "is'),
+        "cannot read the train split",
+    ),
     "no rows": ([], lambda p: (p / "given/data/validation.jsonl").write_text(""), "validation split"),
     "push without token": (["--push-to-hub"], None, "set HF_TOKEN"),
-    "output is a file": (["--output-dir", "file"], lambda p: (p / "work/file").write_text("x"), "cannot write to the folder 'file'"),
-    "results below a file": (["--results-dir", "file/x"], lambda p: (p / "work/file").write_text("x"), "cannot write to the folder 'file/x'"),
+    "output is a file": (
+        ["--output-dir", "file"],
+        lambda p: (p / "work/file").write_text("x"),
+        "cannot write to the folder 'file'",
+    ),
+    "results below a file": (
+        ["--results-dir", "file/x"],
+        lambda p: (p / "work/file").write_text("x"),
+        "cannot write to the folder 'file/x'",
+    ),
     "results file with a folder": (["--results-file", "../x.json"], None, "--results-file"),
     "result of other settings": (["--results-file", "mine.json"], result_of_another, "epochs_lora 20, not 1"),
-    "foreign result": (["--results-file", "mine.json"], lambda p: ((p / "work/results").mkdir(), (p / "work/results/mine.json").write_text("[1]")), "no result of this program"),
+    "foreign result": (
+        ["--results-file", "mine.json"],
+        lambda p: ((p / "work/results").mkdir(), (p / "work/results/mine.json").write_text("[1]")),
+        "no result of this program",
+    ),
     "stage 1 of another base model": ([], other_version, "base_version 'another'"),
 }
 
 
 def snapshot(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".hf_home" not in path.parts and path.name != "lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".hf_home" not in path.parts and path.name != "lock"
+    }
 
 
-IN_SETTINGS = list(MISTAKES)[:list(MISTAKES).index("max length below every prompt")] + ["dtype", "reft layer negative", "empty model", "results file with a folder"]
+IN_SETTINGS = list(MISTAKES)[: list(MISTAKES).index("max length below every prompt")] + [
+    "dtype",
+    "reft layer negative",
+    "empty model",
+    "results file with a folder",
+]
 
 
 @pytest.mark.parametrize("name", IN_SETTINGS)
 def test_mistake_in_the_settings(capsys, name):
-    """Told by read_settings itself, before anything is read; that the script ends the same way is test_mistake's, slow for these."""
+    """Told by read_settings itself, before anything is read; that the script ends the same way is
+    test_mistake's, slow for these."""
     import heft_finetuning as heft
+
     flags, _, expected = MISTAKES[name]
     with pytest.raises(SystemExit) as end:
         heft.read_settings(flags)
     out, err = capsys.readouterr()
-    assert end.value.code == 2 and not out and err.startswith("heft: error: ") and err.count("\n") == 1 and expected in err, err
+    assert (
+        end.value.code == 2
+        and not out
+        and err.startswith("heft: error: ")
+        and err.count("\n") == 1
+        and expected in err
+    ), err
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_SETTINGS[1:] else []) for name in MISTAKES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in IN_SETTINGS[1:] else []) for name in MISTAKES],
+)
 def test_mistake(place, name):
     flags, spoil, expected = MISTAKES[name]
     work = place / "work"
@@ -128,31 +217,66 @@ def test_mistake(place, name):
     if spoil:
         spoil(place)
     before = snapshot(work)
-    process = start(work, tiny_settings(place / "given") + ["--epochs-lora", "1", "--epochs-reft", "1"] + flags, HF_TOKEN="")
+    process = start(
+        work,
+        tiny_settings(place / "given") + ["--epochs-lora", "1", "--epochs-reft", "1"] + flags,
+        HF_TOKEN="",
+    )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2, (out, err)
-    err = "\n".join(line for line in err.splitlines() if "Loading weights:" not in line).lstrip() + "\n"  # its bar, where it got so far
+    err = (
+        "\n".join(line for line in err.splitlines() if "Loading weights:" not in line).lstrip() + "\n"
+    )  # its bar, where it got so far
     assert err.startswith("heft: error: ") and err.count("\n") == 1 and expected in err, err
     assert "Traceback" not in out + err and len(err) < 900
     assert snapshot(work) == before, "something was written"
 
 
-@pytest.mark.parametrize("line, wrong", [("EPOCHS_LORA = 3 ", 'EPOCHS_LORA = "three" '), ("LORA_DROPOUT = 0.05 ", "LORA_DROPOUT = 1.5 "), ("REFT_RANK = 4 ", "REFT_RANK = 0 "), ("EPOCHS_REFT = 3 ", "EPOCHS_REFT = 2.5 "),
-                                         ("PUSH_TO_HUB = True ", 'PUSH_TO_HUB = "no" ')])
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ("EPOCHS_LORA = 3 ", 'EPOCHS_LORA = "three" '),
+        ("LORA_DROPOUT = 0.05 ", "LORA_DROPOUT = 1.5 "),
+        ("REFT_RANK = 4 ", "REFT_RANK = 0 "),
+        ("EPOCHS_REFT = 3 ", "EPOCHS_REFT = 2.5 "),
+        ("PUSH_TO_HUB = True ", 'PUSH_TO_HUB = "no" '),
+    ],
+)
 def test_a_wrong_constant_is_told_as_its_flag(tmp_path, line, wrong):
     text = (ROOT / "heft_finetuning.py").read_text()
     assert text.count(line) == 1
     (tmp_path / "edited.py").write_text(text.replace(line, wrong))
     process = start(tmp_path, [], script=tmp_path / "edited.py")
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.count("\n") == 1 and "--" + wrong.split(" =")[0].lower().replace("_", "-") in err, err
+    assert (
+        process.returncode == 2
+        and err.count("\n") == 1
+        and "--" + wrong.split(" =")[0].lower().replace("_", "-") in err
+    ), err
 
 
 def test_no_gpu_for_a_model_that_needs_one(place):
-    edit_config(place, hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, head_dim=128, vocab_size=32000, layer_types=None)
+    edit_config(
+        place,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        vocab_size=32000,
+        layer_types=None,
+    )
     import torch
+
     if torch.cuda.is_available():
         pytest.skip("there is one")
     process = start(place / "work", tiny_settings(place / "given") + ["--reft-layer", "15"])
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "no GPU found" in err and "condor_submit" in err and "--smoke" in err and err.count("\n") == 1
+    assert (
+        process.returncode == 2
+        and "no GPU found" in err
+        and "condor_submit" in err
+        and "--smoke" in err
+        and err.count("\n") == 1
+    )
