@@ -3,11 +3,15 @@
 # where the first run makes .venv and installs requirements.txt into it.
 set -euo pipefail
 
-# Everything the run downloads stays in the job's directory.
-export HF_HOME="${HF_HOME:-$PWD/.hf_home}" PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 
-# HTCondor holds a job, and hides its message, when a folder that it should send back is missing.
-[ -z "${_CONDOR_SCRATCH_DIR:-}" ] || mkdir -p results output
+if [ -n "${_CONDOR_SCRATCH_DIR:-}" ]; then # a cluster job: everything it downloads stays in its directory
+    export HF_HOME="${HF_HOME:-$PWD/.hf_home}"
+    # HTCondor holds a job, and hides its message, when a folder that it should send back is missing.
+    mkdir -p results output
+    # Reports that travelled in do not travel back: they may be newer at home by then.
+    [ ! "$PWD" -ef "$_CONDOR_SCRATCH_DIR" ] || find results -type f ! -name '*.json*' -delete
+fi
 
 fail() { echo "heft: error: $*" >&2; exit 2; }
 
@@ -38,14 +42,20 @@ sys.exit(any(version(name).split("+")[0] != pin for name, pin in pins))
 PYTHON
 }
 
+suits() { # is this a Python for which all packages have wheels?
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+}
+
 python=python3
 if ! has_packages python3; then
     python=$here/.venv/bin/python
     if ! has_packages "$python"; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed, not $(python3 --version 2>&1)"
+        for system in python3 python3.13 python3.12 python3.11; do suits "$system" && break; done ||
+            fail "Python 3.11, 3.12 or 3.13 is needed; python3 is $(python3 --version 2>/dev/null || echo missing)"
         echo "heft: first run, installing the packages into $here/.venv (some minutes)" >&2
-        python3 -m venv "$here/.venv" || fail "python3 -m venv failed: install Python's venv module"
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" ||
+        suits "$python" || rm -rf "$here/.venv" # none yet, or another Python's
+        "$system" -m venv "$here/.venv" || fail "$system -m venv failed: install Python's venv module"
+        "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt" >&2 ||
             fail "pip could not install requirements.txt; mend that, then the same command goes on"
     fi
 fi
