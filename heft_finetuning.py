@@ -112,24 +112,29 @@ IGNORE = -100  # label of a token without loss
 
 
 def main():
-    """The experiment, in the order of the paper's sections [in brackets]. Mistakes end it before stage 1."""
+    """The experiment, in the order of the paper's sections [in brackets]; mistakes end it early."""
     settings = begin()
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage is to learn from them [4.1]
     base, tokenizer, skeleton = look_at_base_model()
     train_rows, questions = load_boolq("train", tokenizer), load_boolq("validation", tokenizer)
-    lora_examples, reft_examples, start = training_examples(tokenizer, train_rows)
+    lora_examples, reft_examples, common = training_examples(tokenizer, train_rows)
     check_device(skeleton, max(len(row["tokens"]) for row in train_rows + questions))
 
     # What earlier runs have left is taken up if the same settings, data and weights made it, else refused
     lora, reft, run = take_up(settings, base, train_rows, questions)
-    announce(run, skeleton, lora_examples, reft_examples, questions)
+    print(f"run {run.name} on {device_name()}: {skeleton.num_parameters():,} parameters, {DTYPE}")
+    print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2; {len(questions):,} questions")
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
-    model = load_model(lora.repo if lora.hub and not lora.record else BASE_MODEL)
-    if lora.record or EPOCHS_LORA and not lora.hub:
-        model = stage_1_lora(model, lora, lora_examples)
-        model = model.merge_and_unload()  # in the model's dtype, as in the paper
+    if lora.hub and not lora.record:
+        print(f"stage 1 is finished in {lora.repo}", flush=True)
+        model = load_model(lora.repo)
+    else:
+        model = load_model(BASE_MODEL, base.version)
+        if EPOCHS_LORA:
+            model = stage_1_lora(model, lora, lora_examples)
+            model = model.merge_and_unload()  # in the model's dtype, as in the paper
     model.eval().requires_grad_(False)
     lora.release()
     if MERGED_DIR:
@@ -137,7 +142,7 @@ def main():
 
     # Stage 2, fine: LoReFT on the merged, frozen model, one edit of one hidden state per question [3.3]
     reft.settings["STAGE_1"] = content_of(lora)
-    reft_model = stage_2_loreft(model, reft, reft_examples, start) if EPOCHS_REFT else None
+    reft_model = stage_2_loreft(model, reft, reft_examples, common) if EPOCHS_REFT else None
 
     # Evaluation: greedy answers to the validation questions [4]
     if not run.result:
@@ -150,8 +155,7 @@ def main():
     sys.exit(1 if unpushed else 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Data: BoolQ as prompts and tokens (paper, section 4.1 and appendix)
+# ----- Data: BoolQ as prompts and tokens (paper, section 4.1 and appendix)
 
 # Character for character the paper's. The tokenizer adds a BOS of its own: prompts start with two.
 BOOLQ_PROMPT_TMPL = """<s>[INST] <<SYS>>
@@ -207,7 +211,7 @@ def training_examples(tokenizer, rows):
     # The paper's text ends in " Yes" in stage 1 and in "Yes" in stage 2; both add the end-of-sequence token.
     words = (" Yes", " No", "Yes", "No")
     endings = {word: tokens_after_prompt(tokenizer, word + tokenizer.eos_token) for word in words}
-    start = os.path.commonprefix([row["tokens"][:-2] for row in rows])  # leaves a token for each prefix
+    common = os.path.commonprefix([row["tokens"][:-2] for row in rows])  # no prefix below may be empty
     lora_examples, reft_examples = [], []
     for row in rows:
         # Loss over the whole text. The paper pads with the end-of-sequence token and so masks the real one.
@@ -216,16 +220,15 @@ def training_examples(tokenizer, rows):
         lora_examples.append({"input_ids": tokens, "labels": labels})
         # Loss on the answer and its end. The prefix, all before the last prompt token, needs no gradient.
         (*prefix, last), ending = row["tokens"], endings[row["answer"]]
-        example = {"prefix": prefix[len(start) :], "prefix_mask": [1] * len(prefix)}
+        example = {"prefix": prefix[len(common) :], "prefix_mask": [1] * len(prefix)}
         if len(prefix) + 1 + len(ending) <= MAX_LENGTH:  # cut, its answer would be gone
             reft_examples.append(example | {"input_ids": [last, *ending], "labels": [IGNORE, *ending]})
     if EPOCHS_REFT and not reft_examples:
         stop(f"no training example fits into --max-length {MAX_LENGTH}")
-    return lora_examples, reft_examples, start
+    return lora_examples, reft_examples, common
 
 
-# ---------------------------------------------------------------------------------------------
-# Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
+# ----- Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
 
 
 def microbatches(lengths, tokens):
@@ -241,7 +244,7 @@ def microbatches(lengths, tokens):
 
 def collate(examples):
     """The examples of a step (dicts of token lists) as micro-batches (dicts of (rows, columns) tensors).
-    Padding is on the right: causal attention never looks there, so no mask is needed."""
+    Padding is on the right, where causal attention never looks: without a prefix, no mask is needed."""
 
     def padded(key, group):
         rows, value = [torch.tensor(examples[i][key]) for i in group], IGNORE if key == "labels" else 0
@@ -261,16 +264,21 @@ def example_losses(logits, labels):
 
 
 def train(stage, losses_of, tensors, examples, peak_rate):
-    """Train those of `tensors` that require a gradient, from the stage's checkpoint (of all) if there is one.
+    """Train `tensors`, those of them that require a gradient; continue from the stage's checkpoint.
 
     losses_of: function from a micro-batch (dict of (rows, columns) tensors) to its rows' losses (rows,).
     AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the
-    step's number: a step needs weights and optimizer alone, and a resumed run is the undisturbed one.
+    step's number: a step needs weights and optimizer alone, and a resumed run equals an undisturbed one.
     Returns {"loss": [one per step], "seconds": of all attempts}. After SIGTERM it saves and exits with 85."""
     parameters = [tensor for tensor in tensors if tensor.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate, weight_decay=0.0)  # fused rounds otherwise
     per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # an epoch's last step may have fewer examples
     steps, losses, seconds = per_epoch * stage.epochs, [], 0.0
+    trainable = sum(parameter.numel() for parameter in parameters)
+    print(
+        f"\n{stage.title}: {trainable:,} trainable parameters, {stage.epochs} epochs, {steps} steps",
+        flush=True,
+    )
     checkpoint = stage.folder / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -296,10 +304,8 @@ def train(stage, losses_of, tensors, examples, peak_rate):
             loss += part.detach()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            stop(
-                f"the loss is {losses[-1]} at step {step + 1}: try a lower learning rate or --dtype float32",
-                1,
-            )
+            advice = "try a lower learning rate, or --dtype float32"
+            stop(f"the loss is {losses[-1]} at step {step + 1}: {advice}", 1)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -307,8 +313,8 @@ def train(stage, losses_of, tensors, examples, peak_rate):
         if stopping or position == per_epoch - 1:
             state = {"settings": stage.settings, "tensors": tensors, "optimizer": optimizer.state_dict()}
             save(checkpoint, state | {"loss": losses, "seconds": time.time() - started})
-        if stopping:
-            break
+            if stopping:
+                break
     signal.signal(signal.SIGTERM, at_once)
     if stopping:
         print(f"stopped by SIGTERM at step {len(losses)} of {steps}; the same command continues", flush=True)
@@ -316,8 +322,7 @@ def train(stage, losses_of, tensors, examples, peak_rate):
     return {"loss": losses, "seconds": time.time() - started}
 
 
-# ---------------------------------------------------------------------------------------------
-# Stage 1: LoRA (paper, section 3.2)
+# ----- Stage 1: LoRA (paper, section 3.2)
 
 
 def lora_config():
@@ -335,10 +340,8 @@ def stage_1_lora(model, stage, examples):
     set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
     model = get_peft_model(model, lora_config()).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trainable = sum(parameter.numel() for parameter in parameters)
     if "Llama-2-7b" in BASE_MODEL and (LORA_RANK, LORA_TARGETS) == (8, ""):
-        assert trainable == 4_194_304, f"LoRA on the 7B model trains 4,194,304 parameters, not {trainable:,}"
-    print(f"\nstage 1, LoRA: {trainable:,} trainable parameters, {EPOCHS_LORA} epochs", flush=True)
+        assert sum(parameter.numel() for parameter in parameters) == 4_194_304
 
     def losses_of(rows):
         return example_losses(model(input_ids=rows["input_ids"], use_cache=False).logits, rows["labels"])
@@ -349,11 +352,10 @@ def stage_1_lora(model, stage, examples):
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# Stage 2: LoReFT (paper, section 3.3): at the last prompt token, h becomes h + R^T (W h + b - R h)
+# ----- Stage 2: LoReFT (paper, section 3.3): at the last prompt token, h becomes h + R^T (W h + b - R h)
 
 
-def stage_2_loreft(model, stage, examples, start):
+def stage_2_loreft(model, stage, examples, common):
     """A pyreft.ReftModel around `model`: its intervention is read if the stage is finished, else trained."""
     set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
     width = model.config.hidden_size
@@ -365,17 +367,15 @@ def stage_2_loreft(model, stage, examples, start):
     if not stage.record:
         trainable = sum(parameter.numel() for parameter in intervention.parameters())
         assert trainable == REFT_RANK * (2 * width + 1)  # R, W and b; 32,772 on the 7B model
-        where = f"at block {REFT_LAYER}, {EPOCHS_REFT} epochs"
-        print(f"\nstage 2, LoReFT: {trainable:,} trainable parameters {where}", flush=True)
         # The paper backpropagates through all prompt tokens. Those before the last are constant: their keys
         # and values are computed without gradient, those of the words that start all prompts only once.
         with torch.no_grad():
-            common = model.base_model(torch.tensor([start], device=DEVICE), use_cache=True).past_key_values
+            start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
 
         def losses_of(rows):
             inputs, mask = rows["input_ids"], rows["prefix_mask"]
             with torch.no_grad():
-                prefix = copy.deepcopy(common)
+                prefix = copy.deepcopy(start)
                 prefix.batch_repeat_interleave(len(inputs))
                 model.base_model(rows["prefix"], past_key_values=prefix)
             position = mask.sum(1, keepdim=True) + torch.arange(inputs.shape[1], device=DEVICE)
@@ -393,23 +393,21 @@ def stage_2_loreft(model, stage, examples, start):
     else:
         print(f"stage 2 is finished in {stage.folder}", flush=True)
     # What was saved is evaluated. (ReftModel.load would make learned_source bfloat16, whatever it was.)
-    intervention.load_state_dict(torch.load(weights_of(stage), map_location=DEVICE, weights_only=True))
+    intervention.load_state_dict(torch.load(stage.weights, map_location=DEVICE, weights_only=True))
     reft_model.set_device(DEVICE, set_model=False)
     return reft_model
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluation (paper, section 4)
+# ----- Evaluation (paper, section 4)
 
 
 def answer(model, reft_model, tokenizer, questions):
     """The generated text for each question, in their order, and the seconds it took."""
     print(f"\nevaluation of {len(questions):,} questions", flush=True)
     prompts = [row["tokens"] for row in questions]
-    # The chat model's own settings would sample.
     end = tokenizer.pad_token_id = tokenizer.eos_token_id
     ends = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": end, "pad_token_id": end}
-    greedy = GenerationConfig(do_sample=False, **ends)
+    greedy = GenerationConfig(do_sample=False, **ends)  # the chat model's own settings would sample
     texts, started = {}, time.time()
     # Without gradient four times as many tokens fit. Left padding: the last column is the last prompt token.
     groups = microbatches([len(prompt) for prompt in prompts], 4 * TOKENS_PER_MICROBATCH)
@@ -436,8 +434,9 @@ def wilson(correct, n):
 
 
 # =============================================================================================
-# Bookkeeping: nothing below changes what is computed.
-# Settings as flags, and the names of runs
+# Bookkeeping: the experiment ends here
+
+# ----- Settings as flags, and the names of runs
 
 # The paper's value of each setting that changes the experiment;
 # what differs becomes a part of the run's name, in this order (a new one comes last: names must not change).
@@ -451,6 +450,7 @@ PAPER_VALUES = dict(
 PAPER_ACCURACY = {"lora0-reft20": 83.36, "lora20-reft0": 85.05, "lora3-reft3": 85.17, "lora20-reft20": 85.47}
 # What --smoke changes: the same script on the embedded toy, which needs larger steps.
 HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).read_text()  # as it is now: a run takes hours, in which it may be edited
 SMOKE_VALUES = dict(
     BASE_MODEL=os.path.relpath(HERE / "smoke/model"), DATASET=os.path.relpath(HERE / "smoke/data"),
     DTYPE="float32", LEARNING_RATE_LORA=9e-4, LEARNING_RATE_REFT=1e-3,
@@ -461,7 +461,7 @@ MAY_BE_0 = "EPOCHS_LORA EPOCHS_REFT SEED REFT_LAYER LORA_DROPOUT MAX_TRAIN_SAMPL
 
 def read_settings(arguments=None):
     """The constants on the first screen, overridden by the flags in `arguments` (or the command line)."""
-    meaning = dict(re.findall(r"^([A-Z_]+) = .*?# (.+)$", Path(__file__).read_text(), re.M))
+    meaning = dict(re.findall(r"^([A-Z_]+) = .*?# (.+)$", SCRIPT, re.M))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: stop(re.sub("^argument (--[^:]+):", r"\1", message))
     parser.add_argument("--smoke", action="store_true", help="the embedded tiny model and data, CPU, no Hub")
@@ -535,12 +535,11 @@ def begin():
     datasets.disable_progress_bars()
     huggingface_hub.get_session().timeout = 60  # seconds; by default a stalled Hub is waited for for ever
     settings = read_settings()
-    globals().update(settings | ({"DEVICE": "cpu"} if settings["SMOKE"] else {}))
+    globals().update(settings | ({"DEVICE": "cpu"} if settings["SMOKE"] else {}))  # SMOKE: --smoke was given
     return settings
 
 
-# ---------------------------------------------------------------------------------------------
-# Errors: one line for what is no bug
+# ----- Errors: one line for what is no bug
 
 
 def stop(message, status=2):
@@ -558,6 +557,7 @@ def status_of(error):
     """The exit status for an error of the Hub's libraries: 1 if network or server failed, else 2."""
     code = getattr(getattr(error, "response", None), "status_code", 0)
     network = isinstance(error, ConnectionError | LocalEntryNotFoundError) or code == 429 or code >= 500
+    network = network or isinstance(error.__cause__, LocalEntryNotFoundError)  # transformers wraps it
     return 1 if network and not huggingface_hub.constants.HF_HUB_OFFLINE else 2
 
 
@@ -565,20 +565,16 @@ def explain(kind, error, trace):
     """`sys.excepthook`: one line for what is no bug, a traceback for what is."""
     folders = [folder for folder in (OUTPUT_DIR, RESULTS_DIR, ".") if os.path.isdir(folder)]
     full = min(shutil.disk_usage(folder).free for folder in folders) < 1e5  # not all writers give an errno
-    try:
-        if issubclass(kind, KeyboardInterrupt):
-            stop("interrupted; the same command continues", 130)
-        if issubclass(kind, torch.OutOfMemoryError):
-            stop("the GPU's memory is full: the same command with fewer --tokens-per-microbatch continues", 1)
-        if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            stop("the disk is full: make room, then the same command continues from the last checkpoint", 1)
-    except SystemExit:
-        return
+    if issubclass(kind, KeyboardInterrupt):
+        stop("interrupted; the same command continues", 130)
+    if issubclass(kind, torch.OutOfMemoryError):
+        stop("the GPU's memory is full: the same command with fewer --tokens-per-microbatch continues", 1)
+    if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        stop("the disk is full: make room, then the same command continues from the last checkpoint", 1)
     sys.__excepthook__(kind, error, trace)
 
 
-# ---------------------------------------------------------------------------------------------
-# The base model and the machine, looked at before anything takes time
+# ----- The base model and the machine, looked at before anything takes time
 
 
 def look_at_base_model():
@@ -613,8 +609,8 @@ def look_at_base_model():
     if EPOCHS_REFT and REFT_LAYER >= blocks:
         stop(f"--reft-layer {REFT_LAYER}: the blocks of {BASE_MODEL!r} are 0 to {blocks - 1}")
     # A folder is what its weights are, however it is called; a Hub model is its commit.
-    weights = {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
-    version = digest(weights) if local else folder.name
+    files = sorted(folder.glob("*.safetensors"))
+    version = digest({path.name: digest(path) for path in files}) if local else folder.name
     return SimpleNamespace(folder=folder, version=version), tokenizer, skeleton
 
 
@@ -622,11 +618,11 @@ def bytes_per_token(skeleton):
     """Estimated GPU memory beside the weights, bytes per one of TOKENS_PER_MICROBATCH: (stage 1, evaluation).
     Fitted to a simulation of the 7B shape in bfloat16: 5.9 MB (10.3 MB with all-linear), and 4 x 0.63 MB."""
     config, size = skeleton.config, skeleton.dtype.itemsize
-    width, blocks = config.hidden_size, config.num_hidden_layers
+    width, blocks, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     adapted = sum(module.in_features for module in skeleton.modules() if isinstance(module, LoraLayer))
-    training = blocks * size * (5 * width + 4 * config.intermediate_size)
-    training += 5 * adapted + 14 * config.vocab_size
-    cache = 2 * blocks * size * config.num_key_value_heads * config.head_dim
+    wide = getattr(config, "intermediate_size", 4 * width)
+    training = blocks * size * (5 * width + 4 * wide) + 5 * adapted + 14 * config.vocab_size
+    cache = 2 * blocks * size * width * getattr(config, "num_key_value_heads", heads) // heads
     return training if adapted else 0, 4 * (cache + 26 * width)
 
 
@@ -652,11 +648,12 @@ def check_device(skeleton, longest):
         stop(f"{needs}, needs about {need / 1e9:.0f} GB, and {gpu} has {free / 1e9:.0f} GB free: {advice}")
 
 
-def load_model(name):
-    """The causal language model `name` (folder or Hub), on the device; safetensors only, no remote code."""
-    options = {"dtype": getattr(torch, DTYPE), "device_map": DEVICE, "use_safetensors": True}
+def load_model(name, revision="main"):
+    """The causal language model `name` (folder, or revision on the Hub), on the device; safetensors only."""
+    options = {"dtype": getattr(torch, DTYPE), "device_map": DEVICE, "revision": revision}
+    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(name, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing, torn or foreign file: a dozen types
@@ -666,8 +663,7 @@ def load_model(name):
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# Records: heft.json, written last into a stage's folder, says what made its weights: settings, data, parent
+# ----- Records: heft.json, written last into a stage's folder, says what made it: settings, data, parent
 
 
 def digest(content):
@@ -700,11 +696,6 @@ def check_record(record, settings, where):
     return record
 
 
-def weights_of(stage):
-    """The file of the stage's weights."""
-    return next(stage.folder.glob(stage.weights))
-
-
 def content_of(stage):
     """The hash of the stage's weights, here or on the Hub; None for a stage that is left out."""
     known = stage.settings if stage.record or not stage.hub else stage.hub["settings"]
@@ -721,10 +712,14 @@ def read_record(stage):
     except BlockingIOError:
         print(f"waiting for another run that works in {stage.folder}", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    if stage.hub and stage.what == "reft" and not (stage.folder / "heft.json").exists():
+        for name in (stage.weights.name, "config.json", "heft.json"):
+            shutil.copy(huggingface_hub.hf_hub_download(stage.repo, name), stage.folder / name)
     if (stage.folder / "heft.json").exists():
-        stage.settings["WEIGHTS"] = digest(weights_of(stage))
-        stage.record = json.loads((stage.folder / "heft.json").read_text())
-        check_record(stage.record, stage.settings, stage.folder)
+        record = json.loads((stage.folder / "heft.json").read_text())
+        stage.record = check_record(record, stage.settings, stage.folder)
+        stage.settings["WEIGHTS"] = digest(stage.weights)
+        check_record(record, stage.settings, stage.folder)
     elif (checkpoint := stage.folder / "checkpoint.pt").exists():
         found = torch.load(checkpoint, map_location="cpu", weights_only=True)
         check_record(found, stage.settings, checkpoint)
@@ -732,7 +727,7 @@ def read_record(stage):
 
 def finish(stage, record):
     """Write the record of a stage whose weights have been saved, last: the stage is finished."""
-    stage.settings["WEIGHTS"] = digest(weights_of(stage))
+    stage.settings["WEIGHTS"] = digest(stage.weights)
     stage.record = record | {"settings": stage.settings, "peak_memory_gb": peak_memory()}
     save(stage.folder / "heft.json", json.dumps(stage.record))
     (stage.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -741,19 +736,20 @@ def finish(stage, record):
 def take_up(settings, base, train_rows, questions):
     """The run's parts and what earlier runs have left of them: (lora, reft, run).
 
-    A stage has epochs, name, folder, settings (all that decides its weights), record (if it is finished), repo
-    (on the Hub) and hub (the record there). Exits with 0 if all is done, with 2 if something is foreign."""
+    A stage has epochs, name, folder, settings (what decides its weights), record (if it is finished), repo
+    (on the Hub) and hub (the record there). Ends with 0 if all is done, with 2 if something is foreign."""
     versions = {"FORMAT": 2, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
-    lora = SimpleNamespace(what="lora", epochs=EPOCHS_LORA, chosen=HF_REPO_LORA, weights="adapter_model.*")
-    reft = SimpleNamespace(what="reft", epochs=EPOCHS_REFT, chosen=HF_REPO_REFIT, weights="intkey_*")
+    lora = SimpleNamespace(what="lora", title="stage 1, LoRA", epochs=EPOCHS_LORA, chosen=HF_REPO_LORA)
+    reft = SimpleNamespace(what="reft", title="stage 2, LoReFT", epochs=EPOCHS_REFT, chosen=HF_REPO_REFIT)
     run = SimpleNamespace(what="run")
-    lora.title, reft.title = "merged model", "LoReFT intervention"
     for part in (lora, reft, run):
         part.name, deciding = run_name(settings, part.what), made_by(settings, part.what)
         # Content counts, not spelling: the versions stand for what BASE_MODEL and DATASET name.
         part.settings = {k: v for k, v in deciding.items() if k not in ("BASE_MODEL", "DATASET")} | versions
         part.folder, part.release = Path(OUTPUT_DIR, part.name), lambda: None
         part.record = part.hub = part.repo = None
+    lora.weights = lora.folder / "adapter_model.safetensors"  # the names that PEFT and pyvene give
+    reft.weights = reft.folder / f"intkey_layer_{REFT_LAYER}_comp_block_output_unit_pos_nunit_1#0.bin"
     run.settings["VALIDATION_DATA"] = digest(questions)
     run.file = Path(RESULTS_DIR, RESULTS_FILE or f"{run.name}.json").with_suffix(".json")
     stages = [stage for stage in (lora, reft) if stage.epochs]
@@ -763,7 +759,7 @@ def take_up(settings, base, train_rows, questions):
             check_record(run.result, run.settings, run.file)
         if PUSH_TO_HUB and stages:
             ask_hub(stages)
-        if run.result and (not PUSH_TO_HUB or all(stage.hub for stage in stages)):
+        if run.result and not MERGED_DIR and (not PUSH_TO_HUB or all(stage.hub for stage in stages)):
             print(f"already done: {run.file}; move it away to evaluate again\n{result_line(run.result)}")
             sys.exit(0)
         for folder in (OUTPUT_DIR, RESULTS_DIR):
@@ -775,25 +771,25 @@ def take_up(settings, base, train_rows, questions):
         for stage in stages:
             if stage is reft:
                 reft.settings["STAGE_1"] = content_of(lora)
+            if stage.hub:  # before its parent was known, only the rest could be compared
+                check_record(stage.hub, stage.settings, f"the Hub repository {stage.repo}")
             read_record(stage)
             if stage.hub:
                 check_record(stage.hub, stage.settings, f"the Hub repository {stage.repo}")
-        if lora.hub and not lora.record:
-            print(f"stage 1 is finished in {lora.repo}", flush=True)
         if run.result:  # it must be of the weights that will be pushed
             weights = {"STAGE_1": content_of(lora), "STAGE_2": content_of(reft)}
             check_record(run.result, run.settings | weights, run.file)
-    except ValueError as error:  # damaged JSON is one, too
+    except (OSError, ValueError) as error:  # files that are missing or damaged, or something else's
         stop(error)
-    if "_CONDOR_SCRATCH_DIR" in os.environ and not os.path.isabs(OUTPUT_DIR):
+    sandbox = os.environ.get("_CONDOR_SCRATCH_DIR")
+    if sandbox and Path(OUTPUT_DIR).resolve().is_relative_to(Path(sandbox).resolve()):
         for path in Path(OUTPUT_DIR).glob("*/checkpoint.pt"):  # sent home, it could overwrite a later one
             if path.parent not in (lora.folder, reft.folder):
                 path.unlink()
     return lora, reft, run
 
 
-# ---------------------------------------------------------------------------------------------
-# The Hub: asked at the start, so that mistakes are told; filled at the end, when everything is on disk
+# ----- The Hub: asked at the start, so that mistakes are told; filled at the end, when everything is on disk
 
 
 def ask_hub(stages):
@@ -804,6 +800,8 @@ def ask_hub(stages):
         for stage in stages:
             stage.repo = repo_of(stage)
             stage.hub = hub_record(stage)
+        if len({stage.repo for stage in stages}) < len(stages):
+            raise ValueError(f"{stage.repo} cannot hold both stages: choose another --hf-repo-refit")
         for stage in stages:
             huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
             huggingface_hub.auth_check(stage.repo, write=True)
@@ -845,24 +843,26 @@ def push_what_is_missing(model, base, lora, reft, run):
     for stage in (lora, reft):
         if not PUSH_TO_HUB or not stage.epochs or stage.hub:
             continue
+        what = "the merged model" if stage is lora else "the LoReFT intervention"
         try:
-            stage.repo = stage.repo or repo_of(stage)
+            for part in (lora, reft):  # the card of one names both
+                part.repo = part.repo or (repo_of(part) if part.epochs else None)
             if hub_record(stage):  # another run was here since the start
                 continue
-            print(f"pushing the {stage.title} to {stage.repo}", flush=True)
+            print(f"pushing {what} to {stage.repo}", flush=True)
             # Not in OUTPUT_DIR, which a cluster sends about: base and adapter give the model back in seconds.
             with tempfile.TemporaryDirectory(prefix=".merged-", dir=".") as folder:
                 if stage is lora:
                     write_merged(model, base, folder)
                 else:
-                    shutil.copy(weights_of(stage), folder)
+                    shutil.copy(stage.weights, folder)
                     shutil.copy(stage.folder / "config.json", folder)
                 save(Path(folder, "heft.json"), json.dumps(stage.record, indent=1))
-                save(Path(folder, "README.md"), model_card(stage, lora.repo, reft.repo, run))
+                save(Path(folder, "README.md"), model_card(stage, what, lora.repo, reft.repo, run))
                 huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
                 huggingface_hub.upload_folder(repo_id=stage.repo, folder_path=folder, commit_message="HEFT")
         except Exception as error:  # whatever the Hub does, the run is done
-            failed.append(f"the {stage.title} to {stage.repo or 'the Hub'} ({first_line(error)})")
+            failed.append(f"{what} to {stage.repo or 'the Hub'} ({first_line(error)})")
     return failed
 
 
@@ -881,7 +881,7 @@ license: {licence}
 ---
 # {name}
 
-The {title} of the run {run}, made from {base} by the reference reproduction of HEFT (arXiv 2509.09801):
+This is {what} of the run {run}, made from {base} by the reference reproduction of HEFT (arXiv 2509.09801):
 {accuracy}.
 
 ```python
@@ -911,11 +911,11 @@ place = dict(unit_locations={{"base": length - 1}}, intervene_on_prompt=True)
 _, output = reft_model.generate(inputs, **place, **options)"""
 
 
-def model_card(stage, merged, intervention, run):
-    """The README of a pushed repository: how to ask the run's model a question."""
+def model_card(stage, what, merged, intervention, run):
+    """The README of a pushed repository: `what` it holds, and how to ask the run's model a question."""
     local = {name: Path(name).resolve().name for name in (BASE_MODEL, DATASET) if os.path.isdir(name)}
     values = {"base": local.get(BASE_MODEL, BASE_MODEL), "data": local.get(DATASET, DATASET), "run": run.name}
-    values |= {"name": stage.repo.split("/")[-1], "title": stage.title, "model": merged or values["base"]}
+    values |= {"name": stage.repo.split("/")[-1], "what": what, "model": merged or values["base"]}
     values |= {"settings": json.dumps(stage.settings), "accuracy": result_line(run.result)}
     values["licence"] = "llama2" if "llama-2" in values["base"].lower() else "other"
     values["generate"] = WITH_REFT.format(intervention) if intervention else WITHOUT_REFT
@@ -923,8 +923,7 @@ def model_card(stage, merged, intervention, run):
     return CARD.format(**values)
 
 
-# ---------------------------------------------------------------------------------------------
-# Results
+# ----- Results
 
 
 def peak_memory():
@@ -937,18 +936,6 @@ def device_name():
     """The GPU's name, or what there is instead."""
     cpu = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
-
-
-def announce(run, skeleton, lora_examples, reft_examples, questions):
-    """What runs where on how much, before the work."""
-    n, tokens = len(lora_examples), sum(len(example["input_ids"]) for example in lora_examples)
-    print(f"run {run.name} on {device_name()}")
-    print(f"{BASE_MODEL}: {skeleton.num_parameters():,} parameters, {DTYPE}")
-    print(
-        f"{n:,} training examples ({tokens:,} tokens), {n - len(reft_examples)} too long for stage 2;",
-        end=" ",
-    )
-    print(f"{math.ceil(n / EXAMPLES_PER_STEP)} steps per epoch; {len(questions):,} questions", flush=True)
 
 
 def write_result(settings, run, lora, reft, questions, texts, seconds):
@@ -975,14 +962,13 @@ def write_result(settings, run, lora, reft, questions, texts, seconds):
         "peak_memory_gb": max(peak_memory(), *(r.get("peak_memory_gb", 0) for r in records.values())),
         "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in packages},
         "commit": commit or None,  # a cluster job has none
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "script_sha256": hashlib.sha256(SCRIPT.encode()).hexdigest(),
         "loss": {name: record.get("loss", []) for name, record in records.items()},
     }
-    lines = []
-    for row, prediction, text in zip(questions, predictions, texts):
-        line = {"question": row["question"], "answer": row["answer"], "prediction": prediction, "text": text}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    save(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
+    columns = {"prediction": predictions, "text": texts}
+    columns = {key: [row[key] for row in questions] for key in ("question", "answer")} | columns
+    lines = [json.dumps(dict(zip(columns, row)), ensure_ascii=False) for row in zip(*columns.values())]
+    save(run.file.with_suffix(".predictions.jsonl"), "\n".join(lines) + "\n")
     save(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
     return result
 

@@ -1,7 +1,9 @@
 """The script against tests/listing.py: losses, merged update, LoReFT weights and texts, in float32 with
 dropout 0 (spec: 1e-5)."""
 
+import os
 import shutil
+from pathlib import Path
 
 import benchmark
 import listing
@@ -27,82 +29,85 @@ def updates(peft_model):
     }
 
 
-@pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory):
-    """The listing's run on the tiny model: 45 examples, so that a step of 32 is followed by one of 13."""
-    rows, questions = (
-        rows_of(tiny / "data", "train"),
-        rows_of(tiny / "data", "validation"),
-    )
-    model, tokenizer = load(tiny / "model")
+def procedure(folder, data, epochs, rate, layer, max_length, examples=None, questions=None):
+    """The paper's procedure on the model in `folder`: losses, weights and texts."""
+    rows, questions = rows_of(data, "train")[:examples], rows_of(data, "validation")[:questions]
+    model, tokenizer = load(folder)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    model, lora_losses = listing.stage_1(model, tokenizer, rows, 2, rate=2e-2, dropout=0.0, max_length=256)
+    model, lora = listing.stage_1(
+        model, tokenizer, rows, epochs, rate=rate, dropout=0.0, max_length=max_length
+    )
     update = updates(model)
     model = model.merge_and_unload()
-    merged = {
-        name: p.detach().clone() for name, p in model.named_parameters() if not torch.equal(p, before[name])
-    }
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    merged = {name: p for name, p in parameters.items() if not torch.equal(p, before[name])}
     zero = listing.evaluate(model, tokenizer, questions)
-    reft, reft_losses = listing.stage_2(model, tokenizer, rows, 2, rate=2e-2, layer=2, max_length=256)
+    reft, losses = listing.stage_2(
+        model, tokenizer, rows, epochs, rate=rate, layer=layer, max_length=max_length
+    )
     texts = listing.evaluate(model, tokenizer, questions, reft)
     (intervention,) = reft.interventions.values()
-    return dict(
-        update=update,
-        merged=merged,
-        lora=lora_losses,
-        reft=reft_losses,
-        texts=texts,
-        texts_lora_only=zero,
-        R=intervention.rotate_layer.weight.detach(),
-        W=intervention.learned_source.weight.detach(),
-        b=intervention.learned_source.bias.detach(),
-    )
+    linear = intervention.learned_source
+    weights = {"rotate_layer": intervention.rotate_layer.weight, "weight": linear.weight, "bias": linear.bias}
+    found = dict(update=update, merged=merged, lora=lora, reft=losses, texts=texts, texts_lora_only=zero)
+    return found | {"weights": {key: value.detach() for key, value in weights.items()}}
+
+
+def check(place, folder, reference, flags):
+    """Run the script with `flags` in `place`: its losses, weights and texts must be the procedure's."""
+    result, predictions = run_script(place, flags)
+    for stage in ("lora", "reft"):
+        losses, expected = torch.tensor(result["loss"][stage]), torch.tensor(reference[stage])
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    (lora_dir,) = [path.parent for path in (place / "output").glob("*/adapter_config.json")]
+    model = PeftModel.from_pretrained(load(folder)[0], lora_dir)
+    update = updates(model)
+    blocks = model.config.num_hidden_layers
+    assert update.keys() == reference["update"].keys() and len(update) == 2 * blocks  # q_proj and v_proj
+    for name in update:
+        assert distance(update[name], reference["update"][name]) < 1e-5, name
+    merged = dict(model.merge_and_unload().named_parameters())
+    assert len(reference["merged"]) == 2 * blocks
+    for name, weight in reference["merged"].items():
+        assert distance(merged[name].detach(), weight) < 1e-5, name
+    (saved,) = (place / "output").glob("*/intkey_*.bin")
+    state = torch.load(saved)
+    for key, weight in reference["weights"].items():
+        assert distance(state[key], weight) < 1e-5, key
+    assert [row["text"] for row in predictions] == reference["texts"]
+    assert reference["texts"] != reference["texts_lora_only"], "the intervention should matter in this test"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """The paper's procedure on the tiny model: 45 examples, so that a step of 32 is followed by one of 13."""
+    return procedure(tiny / "model", tiny / "data", 2, rate=2e-2, layer=2, max_length=256)
 
 
 @pytest.mark.parametrize("tokens", [2048, 300, 64])  # 64 is less than the longest example
 def test_run_equals_the_listing(tiny, tmp_path, reference, tokens):
-    flags = tiny_settings(tiny) + [
-        "--epochs-lora",
-        "2",
-        "--epochs-reft",
-        "2",
-        "--lora-dropout",
-        "0",
-        "--learning-rate-lora",
-        "2e-2",
-        "--learning-rate-reft",
-        "2e-2",
-        "--tokens-per-microbatch",
-        str(tokens),
-    ]
-    result, predictions = run_script(tmp_path, flags)
-    assert len(result["loss"]["lora"]) == len(reference["lora"]) == 4
-    torch.testing.assert_close(
-        torch.tensor(result["loss"]["lora"]), torch.tensor(reference["lora"]), rtol=1e-5, atol=0
+    flags = (
+        "--epochs-lora 2 --epochs-reft 2 --lora-dropout 0 --learning-rate-lora 2e-2 --learning-rate-reft 2e-2"
     )
-    torch.testing.assert_close(
-        torch.tensor(result["loss"]["reft"]), torch.tensor(reference["reft"]), rtol=1e-5, atol=0
-    )
+    flags = tiny_settings(tiny) + flags.split() + ["--tokens-per-microbatch", str(tokens)]
+    assert len(reference["lora"]) == 4
+    check(tmp_path, tiny / "model", reference, flags)
 
-    (lora_dir,) = [path.parent for path in (tmp_path / "output").glob("*/adapter_config.json")]
-    model, _ = load(tiny / "model")
-    model = PeftModel.from_pretrained(model, lora_dir)
-    update = updates(model)
-    assert (
-        update.keys() == reference["update"].keys() and len(update) == 8
-    )  # q_proj and v_proj of four blocks
-    for name in update:
-        assert distance(update[name], reference["update"][name]) < 1e-5, name
-    merged = dict(model.merge_and_unload().named_parameters())
-    assert len(reference["merged"]) == 8
-    for name, weight in reference["merged"].items():
-        assert distance(merged[name].detach(), weight) < 1e-5, name
-    (saved,) = (tmp_path / "output").glob("*/intkey_*.bin")
-    state = torch.load(saved)
-    for key, name in (("rotate_layer", "R"), ("weight", "W"), ("bias", "b")):
-        assert distance(state[key], reference[name]) < 1e-5, name
-    assert [row["text"] for row in predictions] == reference["texts"]
-    assert reference["texts"] != reference["texts_lora_only"], "the intervention should matter in this test"
+
+@pytest.mark.slow
+@pytest.mark.skipif("HEFT_PARITY" not in os.environ, reason="HEFT_PARITY=MODEL_FOLDER:DATA_FOLDER names none")
+def test_another_model_equals_the_listing(tmp_path):
+    """On a pre-trained model, such as SmolLM2-135M-Instruct, 64 examples and 16 questions of its data."""
+    model, data = map(Path, os.environ["HEFT_PARITY"].split(":"))
+    reference = procedure(model, data, 1, rate=1e-3, layer=15, max_length=128, examples=64, questions=16)
+    assert len(reference["lora"]) == 2
+    flags = (
+        "--no-push-to-hub --dtype float32 --epochs-lora 1 --epochs-reft 1 --lora-dropout 0 --max-length 128"
+    )
+    flags += (
+        " --learning-rate-lora 1e-3 --learning-rate-reft 1e-3 --max-train-samples 64 --max-eval-samples 16"
+    )
+    check(tmp_path, model, reference, ["--base-model", model, "--dataset", data, *flags.split()])
 
 
 def test_first_bfloat16_losses_are_near(tiny, tmp_path):
