@@ -780,7 +780,7 @@ def take_up(settings, base, train_rows, questions):
             weights = {"STAGE_1": content_of(lora), "STAGE_2": content_of(reft)}
             check_record(run.result, run.settings | weights, run.file)
     except (OSError, ValueError) as error:  # files that are missing or damaged, or something else's
-        stop(error)
+        stop(error, status_of(error))
     sandbox = os.environ.get("_CONDOR_SCRATCH_DIR")
     if sandbox and Path(OUTPUT_DIR).resolve().is_relative_to(Path(sandbox).resolve()):
         for path in Path(OUTPUT_DIR).glob("*/checkpoint.pt"):  # sent home, it could overwrite a later one
