@@ -327,7 +327,7 @@ def train(stage, losses_of, tensors, examples, peak_rate):
 
 def lora_config():
     """The adapter's: PEFT's default targets unless LORA_TARGETS names others."""
-    targets = LORA_TARGETS.split(",") if "," in LORA_TARGETS else LORA_TARGETS or None
+    targets = {"": None, "all-linear": "all-linear"}.get(LORA_TARGETS, LORA_TARGETS.split(","))
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 

@@ -524,6 +524,14 @@ def seven(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize(
+    "targets, adapted", [("", 2), ("q_proj", 1), ("q_proj,k_proj,o_proj", 3), ("all-linear", 7)]
+)
+def test_lora_targets_name_the_adapted_layers(seven, targets, adapted):
+    names = [name for name, _ in seven(targets).named_modules() if name.endswith("lora_A.default")]
+    assert len(names) == 32 * adapted
+
+
 @pytest.mark.parametrize("targets, simulated", [("", 25.6), ("all-linear", 34.8)])
 def test_the_memory_estimate_is_near_the_simulation(seven, targets, simulated):
     skeleton = seven(targets)
