@@ -517,6 +517,7 @@ def run_name(settings, what="run"):
     """`lora3-reft3`, or `lora3` for stage 1, and a part for each setting that differs from the paper's (in a
     smoke run: the smoke run's), such as `lora3-reft3-reft_layer10-seed7`."""
     short = {"BASE_MODEL": "", "DATASET": "on_", "MAX_TRAIN_SAMPLES": "train", "MAX_EVAL_SAMPLES": "eval"}
+    short |= {"LEARNING_RATE_LORA": "lr_lora", "LEARNING_RATE_REFT": "lr_reft"}
     usual = PAPER_VALUES | (SMOKE_VALUES if settings["SMOKE"] else {})
     parts = [f"lora{settings['EPOCHS_LORA']}"] + [f"reft{settings['EPOCHS_REFT']}"] * (what != "lora")
     for name, value in made_by(settings, what).items():

@@ -90,8 +90,8 @@ def test_every_setting_is_a_flag_with_its_meaning(capsys):
         ),
         (
             ["--learning-rate-lora", "1e-3"],
-            "lora3-reft3-learning_rate_lora0.001",
-            "lora3-learning_rate_lora0.001",
+            "lora3-reft3-lr_lora0.001",
+            "lora3-lr_lora0.001",
         ),
         (["--smoke"], "lora3-reft3", "lora3"),
         (["--smoke", "--dtype", "bfloat16"], "lora3-reft3-dtype_bfloat16", "lora3-dtype_bfloat16"),
