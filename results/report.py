@@ -2,24 +2,28 @@
 
 Reads each result of heft_finetuning.py in the folder (by default this file's) and below, and the paper's
 numbers from paper.json. Runs of the paper's model on the paper's data stand beside the paper's, as in
-figure1.png. Any other pair of base model and dataset gets a section, with the text of about.md from the
-folder of its runs, and figure-<dataset>.png there. Smoke runs, and all in smoke/, are kept apart.
-Needs matplotlib and statsmodels, which requirements.txt installs.
+figure1.png. Any other pair of base model and dataset gets a section, with figure-<dataset>.png in the folder
+of its runs. The first paragraph of about.md, there or above, is told in each section, the rest at the end.
+Runs in a folder named tuning chose the learning rates: a section apart, nothing but their accuracies. One in
+a folder named timing tells the seconds of a step, for all runs of its model and data. Smoke
+runs, and all in smoke/, are kept apart, too. Needs matplotlib and statsmodels (requirements.txt).
 """
 
 import argparse
 import json
 import math
-import os
+import re
 import textwrap
-from itertools import combinations
+from collections import namedtuple
+from itertools import combinations, product
 from pathlib import Path
-from statistics import fmean, mean, stdev
+from statistics import fmean, stdev
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -33,24 +37,25 @@ BESIDE = """SEED TOKENS_PER_MICROBATCH PUSH_TO_HUB PRIVATE_REPOS HF_USER HF_REPO
 
 
 # ---------------------------------------------------------------------------------------------
-# Runs, and groups of runs that differ in nothing but the seed: {seed: run}
+# Runs, and methods: runs that differ in nothing but the seed
 
 
 def read_run(path):
     """A result with its predictions, checked; ValueError says what is wrong with it."""
     try:
         run = json.loads(path.read_text())
-        lines = path.with_suffix(".predictions.jsonl").read_text().splitlines()
-        answers = [json.loads(line) for line in lines]
+        with path.with_suffix(".predictions.jsonl").open() as lines:
+            answers = [json.loads(line) for line in lines]
         n, correct, settings = run["num_validation_samples"], run["correct_predictions"], run["settings"]
-        right = [row["prediction"] == row["answer"] for row in answers]
-        questions = [(row["question"], row["answer"]) for row in answers]
-        training = run["seconds"]["lora"] + run["seconds"]["reft"]
-        pair = tuple(Path(settings.get(key, "unknown")).name for key in ("BASE_MODEL", "DATASET"))
-        run |= {"right": right, "questions": questions, "pair": pair}
-        run |= {"seed": settings["SEED"], "training": training}
-        for key in ("unknown_answers", "peak_memory_gb", "device", "lora_epochs", "reft_epochs"):
-            run[key]  # must be there
+        run["right"] = right = [row["prediction"] == row["answer"] for row in answers]
+        # What runs must have in common to be compared; questions may be alike on different passages.
+        run["ground"] = [settings.get("BASE_VERSION"), settings.get("VALIDATION_DATA")]
+        run["ground"] += [(row["question"], row["answer"]) for row in answers]
+        run["pair"] = tuple(Path(settings[key]).name for key in ("BASE_MODEL", "DATASET"))
+        trained = any(epochs(run))  # untrained, it answers alike for every seed
+        run["seed"], run["deciding"] = settings["SEED"] if trained else "any", deciding(run)
+        run["training"] = run["seconds"]["lora"] + run["seconds"]["reft"]
+        run["unknown_answers"], run["peak_memory_gb"], run["device"]  # these must be there
         run["seconds"]["evaluation"], run["seconds"]["total"], run["loss"]["lora"], run["loss"]["reft"]
     except FileNotFoundError as error:
         raise ValueError(f"lacks {Path(error.filename).name}") from None
@@ -64,22 +69,7 @@ def read_run(path):
     return run | {"percent": 100 * correct / n}
 
 
-def read_runs(folder):
-    """All runs in `folder` and below, in the order of their names, and what was skipped, as sentences."""
-    runs, skipped = [], []
-    for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("").parts):
-        name = path.relative_to(folder).as_posix()
-        try:
-            runs += [] if name == "paper.json" else [read_run(path) | {"name": name.removesuffix(".json")}]
-        except ValueError as error:
-            skipped.append(f"`{name}` {error}")
-    for path in sorted(folder.rglob("*.predictions.jsonl")):
-        if not path.with_name(path.name.replace(".predictions.jsonl", ".json")).exists():
-            skipped.append(f"`{path.relative_to(folder).as_posix()}` has no result beside it")
-    return runs, skipped
-
-
-def configuration(run):
+def deciding(run):
     """The settings that decide the run's outcome, but for the seed. Those of an absent stage do not."""
     absent = [stage for stage in ("LORA", "REFT") if not run[f"{stage.lower()}_epochs"]]
     absent += ["TRAIN", "EXAMPLES_PER_STEP", "MAX_LENGTH"] * (len(absent) == 2)
@@ -90,69 +80,73 @@ def configuration(run):
     return {name: settings[name] for name in names}
 
 
-def groups_of(runs):
-    """The groups that the runs form; a second run of the same seed is left out."""
-    groups = {}
-    for run in runs:
-        groups.setdefault(json.dumps(configuration(run)), {}).setdefault(run["seed"], run)
-    return [dict(sorted(group.items())) for group in groups.values()]
+def read_runs(folder):
+    """All runs in `folder` and below, in the order of their names, and what was skipped, as sentences."""
+    runs, skipped = [], []
+    for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("").parts):
+        name = path.relative_to(folder).as_posix()
+        try:
+            named = {"name": name.removesuffix(".json"), "tuning": "tuning" in Path(name).parent.parts}
+            runs += [] if name == "paper.json" else [read_run(path) | named]
+        except ValueError as error:
+            skipped.append(f"`{name}` {error}")
+    for path in sorted(folder.rglob("*.predictions.jsonl")):
+        if not path.with_name(path.name.replace(".predictions.jsonl", ".json")).exists():
+            skipped.append(f"`{path.relative_to(folder).as_posix()}` has no result beside it")
+    clocks = {run["pair"]: run for run in runs if "timing" in Path(run["name"]).parent.parts}
+    runs = [run for run in runs if run not in clocks.values()]
+    for run in [run for run in runs if run["pair"] in clocks]:
+        clock = clocks[run["pair"]]
+        pace = {stage: clock["seconds"][stage] / len(loss) for stage, loss in clock["loss"].items() if loss}
+        run["training"] = sum(len(loss) * pace[stage] for stage, loss in run["loss"].items() if loss)
+    return runs, skipped
 
 
-def one(group):
-    """A run of the group."""
-    return next(iter(group.values()))
+def epochs(run):
+    return run["lora_epochs"], run["reft_epochs"]
 
 
-def method(run):
-    """The method with its epochs."""
-    lora, reft = run["lora_epochs"], run["reft_epochs"]
-    if lora and reft:
-        return f"HEFT {lora} + {reft}"
-    return f"LoRA {lora}" if lora else f"LoReFT {reft}" if reft else "base model"
+def kind(run):
+    """What was trained, with its epochs."""
+    lora, reft = epochs(run)
+    name = f"HEFT {lora} + {reft}" if lora and reft else f"LoRA {lora}" if lora else f"LoReFT {reft}"
+    return name if lora or reft else "base model"
 
 
 def place(run):
     """Layer and rank of the LoReFT intervention."""
-    return run["settings"].get("REFT_LAYER", 15), run["settings"].get("REFT_RANK", 4)
+    return run["settings"]["REFT_LAYER"], run["settings"]["REFT_RANK"]
 
 
-def is_heft(group):
-    """Whether it had both stages."""
-    return bool(one(group)["lora_epochs"] and one(group)["reft_epochs"])
+Method = namedtuple("Method", "label runs seconds")
 
 
-def arrange(runs):
-    """The methods among `runs`, as (label, group, variants); the label says what is not as in most HEFT runs.
+def methods_of(runs):
+    """The methods among `runs`: base model, LoRA, LoReFT, HEFT; and apart HEFT with other layers or ranks.
 
-    HEFT groups that differ in layer or rank alone are one method: its group is that of layer 15 and rank 4
-    (else of most seeds), its variants are the others."""
-    families, usual = {}, {}
-    for group in groups_of(runs):
-        same = configuration(one(group))
-        for name in ("REFT_LAYER", "REFT_RANK") if is_heft(group) else ():
-            same.pop(name, None)
-        families.setdefault(json.dumps(same), []).append(group)
-    mains = [max(family, key=lambda g: (place(one(g)) == (15, 4), len(g))) for family in families.values()]
-    for group in sorted(mains, key=lambda g: (is_heft(g), len(g)), reverse=True):
-        usual = configuration(one(group)) | usual
-    methods = []
-    for main, family in zip(mains, families.values()):
-        label = method(one(main)) + unlike(configuration(one(main)), usual)
-        methods.append((label, main, [group for group in family if group is not main]))
-    return sorted(methods, key=order)
+    The label says what is not as in most HEFT runs (of layer 15 and rank 4, if there are any). The seconds of
+    training are those of the fastest seed: other work on the machine can only add to them. A second run of
+    the same seed is left out."""
+    groups, usual = {}, {}
+    for run in runs:
+        groups.setdefault(json.dumps(run["deciding"]), {}).setdefault(run["seed"], run)
+    groups = [[group[seed] for seed in sorted(group)] for group in groups.values()]
+    groups.sort(key=lambda g: (all(epochs(g[0])), place(g[0]) == (15, 4), len(g)), reverse=True)
+    for group in groups:
+        usual = group[0]["deciding"] | usual
+    found = [Method(label(group[0], usual), group, min(run["training"] for run in group)) for group in groups]
+    found.sort(key=lambda m: (epochs(m.runs[0])[1] > 0, *epochs(m.runs[0]), place(m.runs[0]), m.label))
+    varied = [m for m in found if m.label.startswith("HEFT") and re.search("reft_(layer|rank)=", m.label)]
+    return [m for m in found if m not in varied], varied
 
 
-def order(entry):
-    """Base model, LoRA, LoReFT, HEFT; then by epochs; as usual before the rest."""
-    run = one(entry[1])
-    return run["reft_epochs"] > 0, run["lora_epochs"], run["reft_epochs"], entry[0]
-
-
-def unlike(settings, usual):
-    """The end of a label: the settings that are not as usual, hashes only if nothing else differs."""
+def label(run, usual):
+    """The kind, and the settings that are not as usual: hashes only if nothing else differs."""
+    settings = run["deciding"]
     odd = [name for name in settings if settings[name] != usual[name] and not name.startswith("EPOCHS")]
     odd = [name for name in odd if not name.endswith(("_DATA", "_VERSION"))] or odd
-    return "".join(f", {name.lower()}={str(settings[name])[:10]}" for name in odd)
+    odd = [f", {name.lower()}={str(settings[name])[:10]}" for name in odd]
+    return kind(run) + "".join(odd).replace("learning_rate", "lr").replace("max_", "").replace("_samples", "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,9 +165,8 @@ def totals(runs):
 
 
 def discordant(a, b):
-    """How many questions only run `a` and only run `b` got right; None if they were not asked the same."""
-    pairs = list(zip(a["right"], b["right"]))
-    same = a["questions"] == b["questions"]
+    """How many questions only run `a` and only run `b` got right; None if they cannot be compared."""
+    pairs, same = list(zip(a["right"], b["right"])), a["ground"] == b["ground"]
     return (pairs.count((True, False)), pairs.count((False, True))) if same else None
 
 
@@ -182,21 +175,21 @@ def p_value(only_a, only_b):
     return float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue)
 
 
-def compare(a, b):
-    """A plain sentence on two runs on the same questions, with its numbers; None if the questions differ."""
-    counts = discordant(a, b)
-    if counts is None:
-        return None
-    (only_a, only_b), p = counts, p_value(*counts)
-    verdict = "not distinguishable" if p >= 0.05 else f"`{(a if only_a > only_b else b)['name']}` is better"
-    text = f"`{a['name']}` and `{b['name']}`: {abs(only_a - only_b)} of {len(a['right']):,} questions apart "
-    text += f"({only_a} right in the first only, {only_b} in the second only); p = {p:.2g}; {verdict}."
-    return {"only_a": only_a, "only_b": only_b, "p": p, "text": text}
+def verdict(only_a, only_b, n):
+    """What `a` is beside `b`, by how many percentage points, and p; as texts."""
+    p, points = p_value(only_a, only_b), f"{100 * (only_a - only_b) / n:+.2f}"
+    word = "not distinguishable from" if p >= 0.05 else "better than" if only_a > only_b else "worse than"
+    return word, points, f"{p:.2g}" if p >= 0.0001 else "<0.0001"
 
 
-def smallest_difference(n, share):
-    """Correct answers by which two independent runs of this accuracy must differ for p < 0.05."""
-    return math.ceil(1.959963984540054 * math.sqrt(2 * share * (1 - share) * n))
+def against(a, b):
+    """Method `a` against `b`: {seed: (only a is right, only b is right, questions)}, and "all" adds them up.
+    Empty if no two runs of one seed can be compared."""
+    found = {}
+    for x, y in product(a.runs, b.runs):
+        if y["seed"] in (x["seed"], "any") and (counts := discordant(x, y)):
+            found[x["seed"]] = (*counts, len(x["right"]))
+    return found and found | {"all": tuple(map(sum, zip(*found.values())))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,9 +207,9 @@ def hours(minutes):
     return f"{round(minutes) // 60}:{round(minutes) % 60:02d}"
 
 
-def score(correct, n):
+def score(runs):
     """Three cells of a table: correct, accuracy %, 95 % interval."""
-    low, high = interval(correct, n)
+    (correct, n), (low, high) = totals(runs), interval(*totals(runs))
     return [f"{correct:,} of {n:,}", f"{100 * correct / n:.2f}", f"{low:.2f} to {high:.2f}"]
 
 
@@ -228,59 +221,73 @@ def cells(run):
     """A row of RUN_HEAD after the name."""
     times = [f"{run['seconds'][part]:.0f}" for part in ("lora", "reft", "evaluation")]
     times += [hours(run["seconds"]["total"] / 60), f"{run['peak_memory_gb']:.1f}", run["device"]]
-    return [run["lora_epochs"], run["reft_epochs"], *score(*totals([run])), run["unknown_answers"], *times]
+    return [*epochs(run), *score([run]), run["unknown_answers"], *times]
 
 
-def run_table(runs, prefix=""):
-    """A row per run; names without the folder `prefix`."""
-    return table(RUN_HEAD, [[run["name"].removeprefix(prefix), *cells(run)] for run in runs])
-
-
-def seed_blocks(runs):
-    """Mean and spread of each group of several seeds."""
+def method_table(methods):
+    """A row per method, its seeds together."""
     rows = []
-    for group in (group for group in groups_of(runs) if len(group) > 1):
-        scores = [run["percent"] for run in group.values()]
-        name = min((run["name"] for run in group.values()), key=len).split("-seed")[0]
-        seeds = f"{len(group)} ({', '.join(map(str, group))})"
-        spread = f"{mean(scores):.2f}", f"{stdev(scores):.2f}", f"{min(scores):.2f} to {max(scores):.2f}"
-        rows.append([name, seeds, *spread, sum(run["unknown_answers"] for run in group.values())])
-    head = "run | seeds | mean accuracy % | standard deviation | range | unknown, all together"
-    return ["Runs that differ only in the seed:", table(head, rows)] if rows else []
+    for name, runs, seconds in methods:
+        scores, (correct, _, wilson) = [run["percent"] for run in runs], score(runs)
+        means = f"{fmean(scores):.2f}", f"{stdev(scores):.2f}" if len(scores) > 1 else ""
+        each = ", ".join(f"{run['percent']:.2f} ({run['seed']})" for run in runs)
+        unknown = sum(run["unknown_answers"] for run in runs)
+        rows.append([name, len(runs), *means, each, correct, wilson, unknown, f"{seconds:.0f}"])
+    head = "method | seeds | mean accuracy % | standard deviation | accuracy % (seed) | correct, all seeds"
+    return table(head + " | 95 % interval | unknown | training s", rows)
 
 
-def pair_blocks(runs):
-    """The sentence of each pair of runs; pairs on different questions are counted, not compared."""
-    found = [compare(a, b) for a, b in combinations(runs, 2)]
-    lines = [f"- {pair['text']}" for pair in found if pair]
-    if different := found.count(None):
-        lines.append(f"- {different} pair(s) are on different questions and cannot be compared.")
-    intro = "By the exact McNemar test on the stored predictions; below p = 0.05 a pair counts as different."
-    return ["### Pairs", intro, "\n".join(lines)] if found else []
+def pair_table(pairs):
+    """A row for each of the pairs of methods that were asked the same questions."""
+    rows = []
+    for b, a in pairs:
+        if found := against(a, b):
+            counts, each = found.pop("all"), {seed: verdict(*counts)[1:] for seed, counts in found.items()}
+            each = "; ".join(f"{points}, {p} ({seed})" for seed, (points, p) in each.items())
+            word, *numbers = verdict(*counts)
+            rows.insert(0, [a.label, word, b.label, *counts, *numbers, each])
+    head = "method | is | method | only the first right | only the second right | answers | points | p"
+    return table(head + " | points, p (seed)", rows)
+
+
+NOTES = """p is of the exact McNemar test on the same questions, with the counts of all seeds added up (last
+column: seed by seed); below 0.05 a pair counts as different. The seeds answer the same questions, so what
+puts them together, interval and p, is optimistic. The untrained base model answers alike for any seed, and
+is not in the figure. Training time is that of the fastest seed, or, where a folder `timing` has a run of the
+same model and data, which had a core for itself, the seconds of a step there times the steps."""
+
+
+def run_blocks(runs, prefix=""):
+    """What all kinds of runs have: the methods, their pairs, other layers and ranks, the runs."""
+    methods, varied = methods_of(runs)
+    blocks = [method_table(methods), " ".join(NOTES.split()), pair_table(combinations(methods, 2))]
+    if repeated := len(runs) - sum(len(method.runs) for method in methods + varied):
+        blocks.append(f"{repeated} run(s) repeat settings and seed of another: listed below, not counted.")
+    if varied:  # against that of the same epochs
+        pairs = [(a, b) for a, b in product(methods, varied) if a.label == kind(b.runs[0])]
+        blocks += ["HEFT with another layer or rank of stage 2:", method_table(varied), pair_table(pairs)]
+    rows = [[run["name"].removeprefix(prefix), *cells(run)] for run in runs]
+    return [*blocks, "All runs:", table(RUN_HEAD, rows)]
 
 
 def paper_blocks(folder, runs):
     """The paper's model on the paper's data."""
     # A run is a row of Table 1 if it is that experiment: the name says so, and the questions are all there.
     main = {run["name"]: run for run in runs if run["name"] in TABLE_1 and run["num_validation_samples"] == N}
-    others = [run for run in runs if run["name"] not in main]
-    rows = []
+    rows, shown = [], []
     for name, paper in TABLE_1.items():
-        ours = cells(main[name]) if name in main else [paper["lora_epochs"], paper["reft_epochs"], *[""] * 10]
+        ours = cells(main[name]) if name in main else [*epochs(paper), *[""] * 10]
         rows.append([name, *ours, f"{paper['accuracy']:.2f}", hours(paper["minutes"])])
+        total = {"correct_predictions": paper["correct"], "num_validation_samples": N, "loss": {}}
+        shown.append(Method(f"{kind(paper)}, paper", [total], 60 * paper["minutes"]))
     rows_2 = [[*row, "paper"] for row in PAPER["table_2"]["rows"]]
     rows_2 += [[name, "7B", f"{run['percent']:.2f}", "measured here"] for name, run in main.items()]
-
-    points = []
-    for paper in TABLE_1.values():
-        point = {"label": f"{method(paper)}, paper", "totals": (paper["correct"], N)}
-        points.append(point | {"time": paper["minutes"] / 60, "scores": [], "loss": {}})
-    methods = arrange([run for run in runs if run["num_validation_samples"] == N])
-    points += [points_of(label, group, unit=3600) for label, group, _ in methods]
-    figure(folder / "figure1", "BoolQ validation", "hours", points)
+    shown += methods_of([run for run in runs if run["num_validation_samples"] == N])[0]
+    figure(folder / "figure1", "BoolQ validation", shown, "hours")
 
     correct = {name: paper["correct"] for name, paper in TABLE_1.items()}
-    need = smallest_difference(N, correct["lora20-reft0"] / N)
+    share = correct["lora20-reft0"] / N
+    need = math.ceil(1.959964 * math.sqrt(2 * share * (1 - share) * N))  # 1.96 standard errors
     short, long = (correct[name] - correct["lora20-reft0"] for name in ("lora3-reft3", "lora20-reft20"))
     told = f"""Of the paper's rows only totals are known, so no paired test is possible. Two independent runs
         near 85 % on {N:,} questions must differ by about {need} answers ({100 * need / N:.2f} points) for
@@ -292,9 +299,7 @@ def paper_blocks(folder, runs):
         "## Table 1",
         f"BoolQ validation, {N:,} questions. Empty rows have not been run here.",
         table(RUN_HEAD + " | paper % | paper h:mm", rows),
-        *(["## Other runs", run_table(others)] if others else []),
-        *seed_blocks(runs),
-        *pair_blocks(runs),
+        *(["## All runs of the paper's model", *run_blocks(runs)] if runs else []),
         "## What the paper's totals can tell",
         " ".join(told.split()),
         "## Table 2 (paper, context)",
@@ -303,166 +308,131 @@ def paper_blocks(folder, runs):
     ]
 
 
-def method_table(methods):
-    """A row per method, its seeds together."""
-    rows = []
-    for label, group, _ in methods:
-        runs, scores = group.values(), [run["percent"] for run in group.values()]
-        correct, _, wilson = score(*totals(runs))
-        means = f"{mean(scores):.2f}", f"{stdev(scores):.2f}" if len(scores) > 1 else ""
-        each = ", ".join(f"{run['percent']:.2f} ({seed})" for seed, run in group.items())
-        unknown, seconds = sum(run["unknown_answers"] for run in runs), fmean(run["training"] for run in runs)
-        rows.append([label, len(group), *means, each, correct, wilson, unknown, f"{seconds:.0f}"])
-    head = "method | seeds | mean accuracy % | standard deviation | accuracy % (seed) | correct, all seeds"
-    return table(head + " | 95 % interval | unknown | training s", rows)
+def compared(a, b):
+    """What method `a` is, in words."""
+    found = against(a, b)
+    word, points, p = verdict(*found.pop("all"))
+    ahead = f"seeds ahead: {sum(x > y for x, y, _ in found.values())} of {len(found)}"
+    return f"{word} {b.label} ({points} points, {ahead}, p {p})"
 
 
-def ground(run):
-    """The base weights and the questions: what runs must have in common to be compared."""
-    return run["settings"].get("BASE_VERSION"), run["settings"].get("VALIDATION_DATA")
+def reached(method):
+    """The accuracy of a method, in words."""
+    scores, unknown = [run["percent"] for run in method.runs], sum(r["unknown_answers"] for r in method.runs)
+    more = [f"{min(scores):.2f} to {max(scores):.2f} over {len(scores)} seeds"] * (len(scores) > 1)
+    more += [f"neither Yes nor No: {unknown:,}"] * bool(unknown)
+    return f"{method.label} {fmean(scores):.2f} %" + f" ({'; '.join(more)})" * bool(more)
 
 
-def changes(run, group):
-    """`discordant` for the run and that of its seed in the group; None if there is none like it."""
-    # The base model has one answer for all seeds.
-    other = one(group) if method(one(group)) == "base model" else group.get(run["seed"])
-    return discordant(run, other) if other and ground(run) == ground(other) else None
+def in_words(pair, methods, trials):
+    """The answer for a reader who wants no table. `trials`: the runs that chose the learning rates."""
+    usual = [method for method in methods if method.label == kind(method.runs[0])]
+    answers = [answer for _, answer in usual[0].runs[0]["ground"][2:]]
+    often = max(("Yes", "No"), key=answers.count)
+    always = f"always {often} would have {100 * answers.count(often) / len(answers):.2f} %"
+    told = [f"Accuracy on {len(answers):,} questions: {', '.join(map(reached, usual))}; {always}."]
+    if heft := max((m for m in usual if all(epochs(m.runs[0]))), key=lambda m: len(m.runs), default=None):
+        name, (lora, reft) = heft.label, epochs(heft.runs[0])
+        rivals = [m for m in usual if against(heft, m)]
+        alone = [compared(heft, m) for m in rivals if m.label in (f"LoRA {lora}", f"LoReFT {reft}")]
+        told.insert(0, f"{name} is {' and '.join(alone)}." * bool(alone))
+        longer = [m for m in rivals if m.label.startswith("LoRA ") and epochs(m.runs[0])[0] > lora]
+        told.append(f"In training time, {name} took {heft.seconds:.0f} s")
+        told[-1] += "" if longer else "; LoRA alone was not trained for as long."
+        for m in sorted(longer, key=lambda m: abs(m.seconds - heft.seconds))[:1]:
+            told[-1] += f" and {m.label} {m.seconds:.0f} s: {name} is {compared(heft, m)}."
+        told.append("Not distinguishable (p of at least 0.05, exact McNemar test) does not mean equal.")
+        many = "All seeds are put together; they answer the same questions: p is optimistic."
+        told.append(many if len(heft.runs) > 1 else "With one seed, the spread between seeds is not known.")
+    chosen = ", ".join(sorted({f"seed {run['seed']} on {run['pair'][1]}" for run in trials}))
+    told.append(f"The learning rates were chosen with {chosen}; " * bool(trials))
+    told[-1] += f"{pair[0]} on {pair[1]} says nothing about {' on '.join(PAPERS_PAIR)}."
+    return " ".join(filter(None, told))
 
 
-def comparison_table(name, main, methods):
-    """HEFT against each other method: seed by seed, and with the counts of all seeds added up."""
-    rows = []
-    for label, group, _ in methods:
-        found = {seed: changes(run, group) for seed, run in main.items() if group is not main}
-        found = {seed: (*counts, len(main[seed]["right"])) for seed, counts in found.items() if counts}
-        found |= {"all": [sum(column) for column in zip(*found.values())]} if len(found) > 1 else {}
-        for seed, (ours, theirs, n) in found.items():
-            p = p_value(ours, theirs)
-            better = "not distinguishable" if p >= 0.05 else name if ours > theirs else label
-            points = f"{100 * (ours - theirs) / n:+.2f}"
-            rows.append([label, seed, f"{n:,}", ours, theirs, points, f"{p:.2g}", better])
-    head = f"{name} against | seed | questions | only {name} right | only the other right"
-    return table(head + " | difference, points | p | better", rows)
+def trial_table(runs):
+    """The runs that chose learning rates, the best of each method marked."""
+    best, rows = {}, []
+    for run in runs:
+        best[kind(run)] = max(run["percent"], best.get(kind(run), 0))
+        rates = [f"{value:g}" for name, value in run["deciding"].items() if name.startswith("LEARNING_RATE")]
+        rows.append([kind(run), ", ".join(rates), run["seed"], *score([run]), run["percent"]])
+    rows = [[*row[:-1], "yes" * (row[-1] == best[row[0]])] for row in sorted(rows)]
+    return table("method | learning rate | seed | correct | accuracy % | 95 % interval | best", rows)
 
 
-def sensitivity_table(main, variants):
-    """A row per run with another layer or rank, and per run of the main group with a seed of theirs."""
-    runs = [run for group in variants for run in group.values()]
-    beside = [main[seed] for seed in {run["seed"] for run in runs} if seed in main]
-    rows = []
-    for run in sorted(runs + beside, key=lambda run: (*place(run), run["seed"])):
-        counts = None if run is main.get(run["seed"]) else changes(run, main)
-        p = f"{p_value(*counts):.2g}" if counts else ""
-        rows.append([*place(run), run["seed"], *score(*totals([run])), p])
-    layer, rank = place(one(main))
-    head = "layer | rank | seed | correct | accuracy % | 95 % interval"
-    return table(f"{head} | p against layer {layer}, rank {rank}", rows)
-
-
-POOLED = """The seeds answer the same questions, so pooled numbers (the interval here, the rows "all" below)
-count each question once per seed: interval and p are optimistic."""
-TESTED = """Exact McNemar tests on the same questions: seed by seed, and with the counts of all seeds added
-up. The base model, untrained, answers alike for every seed."""
-
-
-def section_blocks(folder, pair, runs, picture, about):
-    """Another base model or dataset."""
-    title, methods = " on ".join(pair), arrange(runs)
-    figure(folder / picture, pair[1], "s", [points_of(label, group) for label, group, _ in methods])
-    blocks = [f"## {title}", *about, f"![accuracy, training time and losses]({picture}.png)"]
-    blocks += [method_table(methods), " ".join(POOLED.split())]
-    if repeated := len(runs) - sum(map(len, groups_of(runs))):
-        blocks.append(f"{repeated} run(s) repeat settings and seed of another: listed below, not counted.")
-    mains = {}  # the HEFT group of most seeds, on each ground
-    for label, group, _ in sorted(filter(lambda m: is_heft(m[1]), methods), key=lambda m: -len(m[1])):
-        mains.setdefault(ground(one(group)), (label, group))
-    compared = [comparison_table(label, group, methods) for label, group in mains.values()]
-    blocks += [" ".join(TESTED.split()), *compared] if any(compared) else []
-    for label, group, variants in methods:
-        if variants:
-            blocks.append(f"{label} with another layer or rank, tested against the run of the same seed:")
-            blocks.append(sensitivity_table(group, variants))
-    return [*blocks, "All runs:", run_table(runs, prefix=f"{Path(picture).parent.as_posix()}/")]
-
-
-def all_sections(folder, runs):
-    """A section for each pair of base model and dataset."""
-    blocks, told, pictures = [], {}, set()
-    for pair in sorted({run["pair"] for run in runs}):
-        ours, about = [run for run in runs if run["pair"] == pair], []
-        for file in sorted({(folder / run["name"]).with_name("about.md") for run in ours}):
-            if file.exists():
-                known = file in told and f"Weights and data: see {told[file]}, above."
-                about.append(known or file.read_text().strip())
-                told.setdefault(file, " on ".join(pair))
-        picture = Path(ours[0]["name"]).with_name(f"figure-{pair[1]}").as_posix()
+def sections(folder, runs):
+    """One for each pair of base model and dataset, one for its trials; then the rest of each about.md."""
+    blocks, rest, pictures = [], {}, set()
+    for pair, tuning in sorted({(run["pair"], run["tuning"]) for run in runs}):
+        ours = [run for run in runs if (run["pair"], run["tuning"]) == (pair, tuning)]
+        above = {folder / place / "about.md" for run in ours for place in Path(run["name"]).parents}
+        methods, trials = methods_of(ours)[0], [r for r in runs if r["tuning"] and r["pair"][0] == pair[0]]
+        title = f"## {' on '.join(pair)}"
+        blocks += [f"{title}: learning rates"] if tuning else [title, in_words(pair, methods, trials)]
+        for file in sorted(filter(Path.exists, above)):
+            head, _, rest[file.parent.relative_to(folder)] = file.read_text().strip().partition("\n\n")
+            blocks.append(head)
+        if tuning:
+            blocks.append(trial_table(ours))
+            continue
+        here = Path(ours[0]["name"]).parent
+        picture = (here / f"figure-{pair[1]}").as_posix()
         picture += f"-{pair[0]}" if picture in pictures else ""  # two models in one folder
         pictures.add(picture)
-        blocks += section_blocks(folder, pair, ours, picture, about)
-    return blocks
+        if any(method.seconds for method in methods):
+            figure(folder / picture, pair[1], methods)
+            blocks.append(f"![accuracy, training time and losses]({picture}.png)")
+        blocks += run_blocks(ours, prefix=f"{here.as_posix()}/")
+    return blocks + [
+        f"## How the runs in {place} were made\n\n{text}" for place, text in rest.items() if text
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
 # Figures: told apart by markers, no colour is needed
 
 
-def points_of(label, group, unit=1):
-    """What the figure shows of a group, its times in `unit` seconds."""
-    scores, times = zip(*((run["percent"], run["training"] / unit) for run in group.values()))
-    point = {"label": label, "totals": totals(group.values()), "scores": scores, "time": fmean(times)}
-    return point | {"loss": one(group)["loss"]}
-
-
-def smooth(loss):
-    """Running mean over a twentieth of the steps."""
-    window = 1 + len(loss) // 20
-    return [fmean(loss[max(0, i - window + 1) : i + 1]) for i in range(len(loss))]
-
-
-def figure(path, data, unit, points):
-    """Accuracy of each method, the same against training time, and the losses: path.png and .svg."""
+def figure(path, data, methods, unit="s"):
+    """Accuracy of each trained method, the same against training time, and the losses: path.png and .svg."""
+    methods = [method for method in methods if method.seconds]
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams.update({"svg.hashsalt": "heft", "svg.fonttype": "none"})  # same runs, same bytes
-    stages = [stage for stage in ("lora", "reft") if any(point["loss"].get(stage) for point in points)]
-    panels = [["methods", "time", stage] for stage in stages] or [["methods", "time"]]
-    size = (3.6 * len(panels[0]), max(3.2, 0.4 * len(points)))
-    picture, axes = plt.subplot_mosaic(panels, figsize=size, layout="constrained")
-    left, middle, curves = axes["methods"], axes["time"], {}
-    labels = [textwrap.fill(point["label"], 24, break_long_words=False) for point in points]
-    for number, (point, label) in enumerate(zip(points, labels)):
-        (correct, n), (low, high) = point["totals"], interval(*point["totals"])
-        average = 100 * correct / n
-        color = f"C{number % 10}" if point["scores"] else "0.45"  # grey: the paper's
-        style = {"color": color, "marker": "os^DvPXp<>"[number % 10], "mfc": "white"}
+    panels = 2 + any(any(method.runs[0]["loss"].values()) for method in methods)
+    size = {"figsize": (3.8 * panels, max(3.2, 0.4 * len(methods))), "layout": "constrained"}
+    picture, (left, middle, *right) = plt.subplots(1, panels, **size)
+    curves = {}  # stages with the same losses are one: HEFT's first is LoRA's
+    for number, (name, runs, seconds) in enumerate(methods):
+        average, (low, high) = 100 * totals(runs)[0] / totals(runs)[1], interval(*totals(runs))
+        own = not name.endswith(", paper")  # the paper's are grey and hollow
+        style = {"color": f"C{number % 10}" if own else "0.45", "marker": "os^DvPXp<>"[number % 10]}
         bar = {"xerr": [[average - low], [high - average]], "capsize": 2, "elinewidth": 0.8}
-        left.errorbar(average, number, **bar, **(style | {"mfc": color if point["scores"] else "white"}))
-        middle.plot(point["time"], average, ms=6, **(style | {"mfc": "none"}))  # shows what lies below it
-        if len(point["scores"]) > 1:
-            rows = [number + 0.22 + 0.45 * i / len(point["scores"]) for i in range(len(point["scores"]))]
-            left.plot(point["scores"], rows, ls="", ms=3, mew=0.6, **style)
-        for stage, loss in point["loss"].items():
-            curve = curves.setdefault((stage, *loss), {"number": number, "style": style, "owners": []})
-            curve["owners"].append(label)  # HEFT has stage 1 in common with LoRA alone
-    left.set_yticks(range(len(points)), labels)
+        left.errorbar(average, number, mfc=style["color"] if own else "white", **bar, **style)
+        time = seconds / (3600 if unit == "hours" else 1)
+        middle.plot(time, average, ms=6, mfc="none", **style)  # hollow: shows what lies below it
+        rows = [number + 0.22 + 0.45 * i / len(runs) for i in range(len(runs))]
+        if len(runs) > 1:
+            left.plot([run["percent"] for run in runs], rows, ls="", ms=3, mew=0.6, mfc="white", **style)
+        for stage, loss in runs[0]["loss"].items():
+            curves.setdefault((stage, *loss), (number, style, []))[2].append(name)
+    labels = [textwrap.fill(method.label, 24, break_long_words=False) for method in methods]
+    left.set_yticks(range(len(methods)), labels)
     left.invert_yaxis()
     left.set(xlabel=f"{data} accuracy (%)", title="95 % intervals; small: each seed")
-    longest = max(point["time"] for point in points) or 1
     middle.set(xlabel=f"training time ({unit})", ylabel=f"{data} accuracy (%)", title="Means against time")
-    middle.set_xlim(-0.06 * longest, 1.06 * longest)
-    for (stage, *loss), curve in curves.items():
+    middle.set_xlim(left=0)
+    for (stage, *loss), (number, style, owners) in curves.items():
         if loss:
-            marks = (len(loss) * curve["number"] // 40, 1 + len(loss) // 8)  # not upon those of others
-            style = curve["style"] | {"lw": 0.9, "ms": 4, "markevery": marks}
-            style |= {"label": " and\n".join(curve["owners"])}
-            axes[stage].plot(range(1, len(loss) + 1), smooth(loss), **style)
-    for stage in stages:
-        title = f"{'LoRA' if stage == 'lora' else 'LoReFT'} loss, running mean"
-        axes[stage].set(xlabel="optimizer step", ylabel="loss", title=title)
-        axes[stage].legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+            title = f"{'LoRA' if stage == 'lora' else 'LoReFT'} stage of {', '.join(owners)}"
+            marks = (len(loss) * number // 40, 1 + len(loss) // 8)  # not upon those of others
+            style = style | {"ls": "-" if stage == "lora" else "--", "markevery": marks, "mfc": "white"}
+            smooth = pandas.Series(loss).rolling(1 + len(loss) // 20, min_periods=1).mean()
+            right[0].plot(smooth.index + 1, smooth, lw=0.9, ms=4, label=textwrap.fill(title, 30), **style)
+    for axes in right:
+        axes.set(xlabel="optimizer step of the stage", ylabel="loss", title="Losses, running means")
+        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
-        picture.savefig(temporary, dpi=200, metadata=metadata)
-        temporary.replace(path.with_name(path.name + ending))
+        picture.savefig(path.with_name(path.name + ending), dpi=200, metadata=metadata)
     plt.close(picture)
 
 
@@ -472,21 +442,18 @@ def write_report(folder=HERE):
     toys, ours, others = [], [], []
     for run in runs:  # wherever it lies, a smoke run never mixes with others
         toy = run["settings"].get("SMOKE") or run["name"].startswith("smoke/")
-        (toys if toy else ours if run["pair"] == PAPERS_PAIR else others).append(run)
+        (toys if toy else ours if run["pair"] == PAPERS_PAIR and not run["tuning"] else others).append(run)
 
-    intro = "Written by `python results/report.py`; edits are lost. "
-    intro += 'Columns marked "paper" are from arXiv 2509.09801.'
-    blocks = ["# Results", intro, *paper_blocks(folder, ours), *all_sections(folder, others)]
+    intro = """Written by `python results/report.py`; edits are lost. Columns marked "paper" are from arXiv
+        2509.09801. Methods are named with their epochs: LoRA 3 is LoRA alone, HEFT 3 + 3 both stages."""
+    blocks = ["# Results", " ".join(intro.split()), *paper_blocks(folder, ours), *sections(folder, others)]
     about_toy = ["The embedded toy, nothing about BoolQ. Five seeds: [smoke/README.md](smoke/README.md)."]
     about_toy *= (folder / "smoke/README.md").exists()
     blocks += ["## Smoke runs", *about_toy] if toys or about_toy else []
     if toys:
-        blocks += ["Run here on the toy, not the paper's experiment:", run_table(toys, prefix="smoke/")]
-        blocks += [*seed_blocks(toys), *pair_blocks(toys)]
+        blocks += ["Run here on the toy, not the paper's experiment:", *run_blocks(toys, prefix="smoke/")]
     blocks += ["## Skipped files", "\n".join(f"- {sentence}" for sentence in skipped)] if skipped else []
-    temporary = folder / f".README.md.{os.getpid()}"  # then renamed: the whole file or none
-    temporary.write_text("\n\n".join(blocks) + "\n")
-    temporary.replace(folder / "README.md")
+    (folder / "README.md").write_text("\n\n".join(filter(None, blocks)) + "\n")
     for sentence in skipped:
         print(f"skipped: {sentence}")
     print(f"{folder / 'README.md'}: {len(ours)} + {len(others)} runs, {len(toys)} smoke runs")

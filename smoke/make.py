@@ -66,10 +66,8 @@ def world(rng, facts):
 
 
 def passage(facts):
-    sentences = []
-    for name, verb, value, yes in facts:
-        sentences.append(f"{name}{'' if yes else ' never'} {RELATIONS[verb][0]} {value}.")
-    return " ".join(sentences)
+    never = {True: "", False: " never"}
+    return " ".join(f"{name}{never[yes]} {RELATIONS[verb][0]} {value}." for name, verb, value, yes in facts)
 
 
 def question(fact):
@@ -189,21 +187,10 @@ def pretrain(model, tokenizer, documents, steps, rate, what):
 
 
 def config(layers, words):
-    return LlamaConfig(
-        vocab_size=words,
-        hidden_size=WIDTH,
-        intermediate_size=192,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=HEAD,
-        initializer_range=0.1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=None,
-    )
+    sizes = dict(vocab_size=words, hidden_size=WIDTH, intermediate_size=192, num_hidden_layers=layers)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=4, head_dim=HEAD, max_position_embeddings=2048)
+    ends = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    return LlamaConfig(**sizes, **ends, initializer_range=0.1, tie_word_embeddings=True)
 
 
 def main(folder):
@@ -219,14 +206,13 @@ def main(folder):
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for split, part in (("train", rows[:TRAIN]), ("validation", rows[TRAIN:])):
         (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    validation = rows[TRAIN:]
     rules = {
         "always yes": lambda text: True,
         "yes unless most sentences say never": lambda text: text.count("never") * 2 <= text.count("."),
         "yes unless any sentence says never": lambda text: "never" not in text,
     }
     for rule, guess in rules.items():
-        right = 100 * sum(guess(row["passage"]) == row["answer"] for row in validation) / VALIDATION
+        right = 100 * sum(guess(row["passage"]) == row["answer"] for row in rows[TRAIN:]) / VALIDATION
         print(f"trivial rule on the validation questions, {rule}: {right:.1f} %")
 
     rng = random.Random(SEED)
@@ -257,13 +243,10 @@ def main(folder):
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def mixed(done):
-        found = []
-        for _ in range(BATCH):
-            if rng.random() < 0.7:
-                found.append(prompt_document(rng, seen, done < 0.4))
-            else:
-                found.append(document(rng, rng.randint(2, 5)))
-        return found
+        def one(prompt):
+            return prompt_document(rng, seen, done < 0.4) if prompt else document(rng, rng.randint(2, 5))
+
+        return [one(rng.random() < 0.7) for _ in range(BATCH)]
 
     pretrain(model, tokenizer, mixed, STEPS_18_LAYERS, 1e-3, "18 layers")
     model.generation_config.pad_token_id = None

@@ -19,12 +19,14 @@ attention: about a quarter of an hour on a core that does 60e9 in a second.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 import heft_finetuning as heft
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = heft.DEVICE
 STAGES = ("lora", "reft", "evaluation")
 # What options that are not given are, in a run, with --answers and with --count.
 RUN = dict(layers=18, width=512, examples=32, questions=100, epochs_lora=1, epochs_reft=2)
@@ -63,7 +65,7 @@ def make_config(source, layers, width, tokenizer):
     return config
 
 
-def make_model(folder, source, layers, width, dtype, seed=0, spread=0.02):
+def make_model(folder, source, layers, width, dtype, spread=0.02):
     """A random model with the tokenizer of `source` in `folder`; `layers` 0 keeps the shape of `source`.
 
     With a standard deviation of the weights (`spread`) of 0.02 it says much the same to every prompt;
@@ -71,18 +73,17 @@ def make_model(folder, source, layers, width, dtype, seed=0, spread=0.02):
     tokenizer = AutoTokenizer.from_pretrained(source or ROOT / "smoke/model")
     config = make_config(source, layers, width, tokenizer)
     config.initializer_range = spread
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return config
 
 
-def make_data(folder, source, examples, questions, tokenizer, seed=0):
-    """`examples` training and `questions` validation rows: the first of `source`, or made up."""
+def make_data(folder, source, examples, questions, tokenizer):
+    """`examples` training and `questions` validation rows: made up, or the first of `source`."""
     folder.mkdir()
-    rng = random.Random(seed)
+    rng = random.Random(0)
     words = "keeps plays likes speaks visits studies cats piano bread French Paris law".split()
     overhead = len(tokenizer(heft.BOOLQ_PROMPT_TMPL % ("", "is it law"))["input_ids"])
 
@@ -92,14 +93,10 @@ def make_data(folder, source, examples, questions, tokenizer, seed=0):
 
     for split, n in (("train", examples), ("validation", questions)):
         if source:
-            lines = (Path(source) / f"{split}.jsonl").read_text().splitlines()
-            if split == "validation" and n > len(lines):
-                lines += (Path(source) / "train.jsonl").read_text().splitlines()
-            lines = lines[:n]
+            lines = (Path(source) / f"{split}.jsonl").read_text().strip().split("\n")[:n]
         else:
             lengths = [round(191 * 2.71828 ** (0.4 * rng.gauss(0, 1))) for _ in range(n)]
             lines = [made_up(min(1417, max(overhead + 5, length))) for length in lengths]
-        assert len(lines) == n, f"{split}: {len(lines)} rows, {n} wanted"
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -136,12 +133,9 @@ def operations(procedure, config, layer, epochs, lora, reft, start, prompts):
     forward, backward = 2 * (body + head), 2 * (above + head)
 
     # Stage 1: forward and back through everything; the paper pads each example to MAX_LENGTH.
-    if paper:
-        tokens = epochs[0] * len(lora) * heft.MAX_LENGTH
-    else:
-        groups = (group for step in steps(lora, epochs[0]) for group in heft.collate(step))
-        tokens = sum(group["input_ids"].numel() for group in groups)
-    found = {"lora": 2 * forward * tokens}
+    groups = [group for step in steps(lora, epochs[0]) for group in heft.collate(step)]
+    tokens = sum(group["input_ids"].numel() for group in groups)
+    found = {"lora": 2 * forward * (epochs[0] * len(lora) * heft.MAX_LENGTH if paper else tokens)}
 
     # Stage 2: forward, and back to the intervention. The paper does so with all tokens of eight examples.
     # Here what comes before the last prompt token goes through the blocks only, forward only, and the start
@@ -150,8 +144,7 @@ def operations(procedure, config, layer, epochs, lora, reft, start, prompts):
         before = tokens = 0
         for step in steps(reft, epochs[1]):
             lengths = [len(example["prefix_mask"]) + len(example["input_ids"]) for example in step]
-            eights = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
-            tokens += sum(len(eight) * max(eight) for eight in eights)
+            tokens += sum(len(e) * max(e) for e in (lengths[i : i + 8] for i in range(0, len(lengths), 8)))
     else:
         groups = [group for step in steps(reft, epochs[1]) for group in heft.collate(step)]
         before = len(start) * bool(groups) + sum(group["prefix"].numel() for group in groups)
@@ -189,23 +182,15 @@ def print_count(config, needed, mean):
 
 
 # ---------------------------------------------------------------------------------------------
-# The two procedures, each in a process of its own
+# The two procedures, each in a process of its own: {"seconds", "peak", "loss": {stage: ...}, "texts"}
 
 
 def theirs(folder, o):
-    """The listing's three parts: {"seconds", "peak", "loss": {stage: ...}, "texts": one per question}."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--layer", str(o.layer), "--baseline", str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def baseline(folder, o):
-    """What `theirs` starts: prints one line of JSON."""
+    """The listing's three parts."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    dtype = getattr(torch, o.dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, device_map=DEVICE)
+    options = dict(dtype=getattr(torch, o.dtype), device_map=DEVICE)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
     heft.DATASET = str(folder / "data")
-    heft.datasets.disable_progress_bars()
     rows, questions = heft.load_boolq("train", tokenizer), heft.load_boolq("validation", tokenizer)
     found, reft = {"seconds": {}, "peak": {}, "loss": {"lora": [], "reft": []}}, None
 
@@ -217,21 +202,19 @@ def baseline(folder, o):
         found["seconds"][name], found["peak"][name] = time.time() - started, heft.peak_memory()
         return value
 
-    if o.epochs_lora:
-        options = dict(dropout=0.0)  # the two would draw other masks
-        model, losses = timed("lora", listing.stage_1, model, tokenizer, rows, o.epochs_lora, **options)
-        found["loss"]["lora"] = losses
-        model = model.merge_and_unload()
+    training = (tokenizer, rows)
+    if o.epochs_lora:  # without dropout: the two would draw other masks
+        model, losses = timed("lora", listing.stage_1, model, *training, o.epochs_lora, dropout=0.0)
+        found["loss"]["lora"], model = losses, model.merge_and_unload()
     if o.epochs_reft:
-        options = dict(layer=o.layer)
-        reft, losses = timed("reft", listing.stage_2, model, tokenizer, rows, o.epochs_reft, **options)
+        reft, losses = timed("reft", listing.stage_2, model, *training, o.epochs_reft, layer=o.layer)
         found["loss"]["reft"] = losses
     found["texts"] = timed("evaluation", listing.evaluate, model, tokenizer, questions, reft)
-    print(json.dumps(found))
+    return found
 
 
 def ours(folder, o):
-    """The script itself, as a user starts it. Returns the same as `theirs`."""
+    """The script itself, as a user starts it."""
     flags = ["--base-model", folder / "model", "--dataset", folder / "data", "--no-push-to-hub"]
     flags += ["--epochs-lora", o.epochs_lora, "--epochs-reft", o.epochs_reft, "--reft-layer", o.layer]
     flags += ["--lora-dropout", 0, "--dtype", o.dtype, "--tokens-per-microbatch", o.tokens]
@@ -273,17 +256,13 @@ def print_times(new, old, needed, tokens, rate):
     print("| share of the matrix product % | peak GB so far, paper's | peak GB so far, heft |")
     print("|---" * 8 + "|")
     stages = [stage for stage in STAGES if new["seconds"][stage]]
-    for stage in stages:
-        seconds, before = new["seconds"][stage], old and old["seconds"][stage]
-        times = f"{before:.1f} | {seconds:.1f} | {before / seconds:.1f}" if old else f" | {seconds:.1f} | "
-        share = f"{100 * needed['heft'][stage] / seconds / rate:.1f}"
-        peaks = (f"{old['peak'][stage]:.1f}" if old else "") + f" | {new['peak'][stage]:.1f}"
-        print(f"| {stage} | {times} | {tokens[stage] / seconds:,.0f} | {share} | {peaks} |")
-    if len(stages) > 1:
-        seconds = sum(new["seconds"][stage] for stage in stages)
-        before = old and sum(old["seconds"][stage] for stage in stages)
-        times = f"{before:.1f} | {seconds:.1f} | {before / seconds:.1f}" if old else f" | {seconds:.1f} | "
-        print(f"| all | {times} |  |  |  |  |")
+    for part in [[stage] for stage in stages] + [stages] * (len(stages) > 1):
+        ours, theirs = (sum(run["seconds"][stage] for stage in part) if run else None for run in (new, old))
+        row = [f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}"] if old else ["", f"{ours:.1f}", ""]
+        share = 100 * sum(needed["heft"][stage] for stage in part) / ours / rate
+        row += [f"{sum(tokens[stage] for stage in part) / ours:,.0f}", f"{share:.1f}"]
+        row += [f"{run['peak'][part[-1]]:.1f}" if run else "" for run in (old, new)]
+        print(f"| {part[0] if len(part) == 1 else 'all'} | {' | '.join(row)} |")
 
 
 def print_differences(new, old, dtype):
@@ -330,7 +309,6 @@ def read_options():
     add("--answers", "no training: compare so many answers, batched and one by one; width 64", type=int)
     add("--ours-only", "leave the paper's procedure out", action="store_true")
     add("--count", "only count operations", action="store_true")
-    add("--baseline", argparse.SUPPRESS, type=Path)
     o = parser.parse_args()
     if o.answers:
         o.questions, o.epochs_lora, o.epochs_reft = o.answers, 0, 0
@@ -346,14 +324,8 @@ def main(o):
         tokenizer = AutoTokenizer.from_pretrained(o.model or ROOT / "smoke/model")
         config = make_config(o.model, o.layers, o.width, tokenizer)
         o.layer = (config.num_hidden_layers - 1) // 2 if o.layer is None else o.layer
-        if o.count and o.data:  # as many as there are
-            heft.MAX_TRAIN_SAMPLES, heft.MAX_EVAL_SAMPLES = o.examples, o.questions
-            heft.DATASET = o.data
-        else:
-            make_data(folder / "data", o.data, o.examples, o.questions, tokenizer)
-            heft.DATASET = str(folder / "data")
-        heft.TOKENS_PER_MICROBATCH = o.tokens
-        heft.datasets.disable_progress_bars()
+        make_data(folder / "data", o.data, o.examples, o.questions, tokenizer)
+        heft.DATASET, heft.TOKENS_PER_MICROBATCH = str(folder / "data"), o.tokens
         rows, questions = heft.load_boolq("train", tokenizer), heft.load_boolq("validation", tokenizer)
         prompts = [len(row["tokens"]) for row in questions]
         train, epochs = sum(len(row["tokens"]) for row in rows), (o.epochs_lora, o.epochs_reft)
@@ -369,12 +341,14 @@ def main(o):
             return
 
         rate = product_rate(o.dtype)
-        print(f"\n{heft.device_name()}; torch {torch.__version__}; {o.dtype};", end=" ")
+        print(f"\n{heft.DEVICE_NAME}; torch {torch.__version__}; {o.dtype};", end=" ")
         print(f"matrix product {rate / 1e9:,.0f} billion operations per second", flush=True)
         spread = 0.2 if o.answers else 0.02
         make_model(folder / "model", o.model, o.layers, o.width, o.dtype, spread=spread)
-        new = ours(folder, o)
-        old = None if o.ours_only else theirs(folder, o)
+        new, old = ours(folder, o), None
+        if not o.ours_only:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                old = process.submit(theirs, folder, o).result()
     tokens = {"lora": o.epochs_lora * train, "reft": o.epochs_reft * train, "evaluation": sum(prompts)}
     print_times(new, old, needed, tokens, rate)
     if old:
@@ -382,8 +356,4 @@ def main(o):
 
 
 if __name__ == "__main__":
-    options = read_options()
-    if options.baseline:
-        baseline(options.baseline, options)
-    else:
-        main(options)
+    main(read_options())

@@ -241,7 +241,7 @@ def test_long_names_are_shortened_to_something_stable(hub, given, tmp_path):
     status, out, err = run(hub, tmp_path, given, *flags)
     assert status == 0, out + err
     names = {repo.split("/")[1] for repo in hub.files}
-    assert len(names) == 2 and max(map(len, names)) == 96
+    assert len(names) == 2 and 90 < max(map(len, names)) <= 96
     status, out, err = run(hub, tmp_path, given, *flags)
     assert status == 0 and "already done" in out and {repo.split("/")[1] for repo in hub.files} == names
 
@@ -268,7 +268,7 @@ def test_stages_that_others_pushed_in_the_meantime_are_not_overwritten(hub, give
 def test_a_second_run_finds_stage_1_on_the_hub(filled, given, tmp_path):
     hub, folder = filled
     status, out, err = run(hub, tmp_path, given)
-    assert status == 0 and f"stage 1 is finished in {LORA}" in out, out + err
+    assert status == 0 and f"stage 1 is finished in the Hub repository {LORA}" in out, out + err
     assert "stage 2 is finished" in out, "the intervention on the Hub is the one that is evaluated"
     assert not list((tmp_path / "output").glob("*/adapter_config.json"))
     first, second = read_result(folder), read_result(tmp_path)
@@ -337,13 +337,8 @@ def test_a_failing_upload_costs_nothing(hub, given, tmp_path, refusal, kind):
     status, out, err = run(hub, tmp_path, given)
     assert status == 1, out + err
     err = err.replace("\x1b[A", "")  # a cursor movement of the Hub's unfinished bars
-    lines = [line for line in err.splitlines() if line.startswith("heft: error: not pushed")]
-    assert (
-        len(lines) == 2
-        and LORA in lines[0]
-        and REFT in lines[1]
-        and all("heft_finetuning.py --base-model" in line for line in lines)
-    )
+    (line,) = [line for line in err.splitlines() if line.startswith("heft: error: not pushed")]
+    assert LORA in line and REFT in line and "heft_finetuning.py --base-model" in line
     result, predictions = read_result(tmp_path)
     assert len(predictions) == 6 and "heft.json" not in hub.files[LORA] and "heft.json" not in hub.files[REFT]
     hub.refuse.clear()
@@ -385,7 +380,7 @@ def test_too_many_requests_are_waited_for(hub, given, tmp_path):
 def test_a_stalled_hub_is_given_up(hub, given, tmp_path):
     hub.refuse["commit"], hub.stall = "stall", 200
     status, out, err = run(hub, tmp_path, given, timeout=500)
-    assert status == 1 and err.count("not pushed") == 2, out + err
+    assert status == 1 and err.count("not pushed") == 1 and LORA in err and REFT in err, out + err
     assert len(read_result(tmp_path)[1]) == 6
 
 

@@ -45,7 +45,7 @@ def other_version(place):
     settings = heft.read_settings(
         tiny_settings(place / "given") + ["--epochs-lora", "1", "--epochs-reft", "1"]
     )
-    folder = place / "work/output" / heft.run_name(settings, "lora")
+    folder = place / "work/output" / heft.identity(settings, "lora")[0]
     folder.mkdir(parents=True)
     (folder / "heft.json").write_text(
         json.dumps({"settings": {"BASE_VERSION": "another"}, "seconds": 0, "loss": []})
@@ -59,25 +59,26 @@ MISTAKES = {
     "stray word": (["3"], None, "unrecognized arguments: 3"),
     "flag without value": (["--seed"], None, "--seed"),
     "epochs not a number": (["--epochs-lora", "three"], None, "--epochs-lora"),
-    "epochs negative": (["--epochs-reft", "-1"], None, "--epochs-reft must be from 0"),
+    "epochs negative": (["--epochs-reft", "-1"], None, "--epochs-reft must be a whole number from 0"),
     "epochs not whole": (["--epochs-lora", "2.5"], None, "--epochs-lora"),
-    "rank 0": (["--lora-rank", "0"], None, "--lora-rank must be from 1"),
+    "rank 0": (["--lora-rank", "0"], None, "--lora-rank must be a whole number from 1"),
     "reft rank negative": (["--reft-rank", "-4"], None, "--reft-rank"),
     "dropout 1": (["--lora-dropout", "1"], None, "--lora-dropout must be from 0 to below 1"),
     "learning rate 0": (["--learning-rate-lora", "0"], None, "--learning-rate-lora must be above 0"),
     "learning rate nan": (["--learning-rate-reft", "nan"], None, "--learning-rate-reft"),
     "learning rate inf": (["--learning-rate-reft", "inf"], None, "--learning-rate-reft"),
-    "seed too large": (["--seed", "4294967296"], None, "--seed must be from 0 to below"),
+    "seed too large": (["--seed", "4294967296"], None, "--seed must be a whole number from 0 to below"),
     "step of 0 examples": (["--examples-per-step", "0"], None, "--examples-per-step"),
     "micro-batch of 0 tokens": (["--tokens-per-microbatch", "0"], None, "--tokens-per-microbatch"),
     "no new tokens": (["--max-new-tokens", "0"], None, "--max-new-tokens"),
-    "max length 0": (["--max-length", "0"], None, "--max-length"),
+    "max length 1": (["--max-length", "1"], None, "--max-length must be a whole number from 2"),
     "max length below every prompt": (["--max-length", "8", "--epochs-lora", "0"], None, "--max-length 8"),
     "dtype": (["--dtype", "int8"], None, "--dtype must be bfloat16 or float32"),
     "reft layer": (["--reft-layer", "4"], None, "are 0 to 3"),
     "reft layer negative": (["--reft-layer", "-1"], None, "--reft-layer"),
     "targets": (["--lora-targets", "q_prog"], None, "q_prog"),
-    "empty model": (["--base-model", ""], None, "--base-model must not be empty"),
+    "one of the targets": (["--lora-targets", "q_proj, v_prog"], None, "no layer is called v_prog"),
+    "empty model": (["--base-model", ""], None, "--base-model must be a name, not empty"),
     "no such model": (["--base-model", "nobody/nothing"], None, "nobody/nothing"),
     "no such model folder": (["--base-model", "./model"], None, "./model"),
     "model is a file": (
@@ -117,19 +118,19 @@ MISTAKES = {
     "dataset without answers": (
         [],
         lambda p: rewrite(p / "given/data/train.jsonl", without("answer")),
-        "not all have the fields question, passage, answer",
+        "question and passage (string), answer (bool)",
     ),
     "no answers anywhere": (
         [],
         lambda p: [
             rewrite(p / f"given/data/{split}.jsonl", without("answer")) for split in ("train", "validation")
         ],
-        "lacks answer (bool)",
+        "answer (bool)",
     ),
     "dataset without passages": (
         [],
         lambda p: rewrite(p / "given/data/validation.jsonl", without("passage")),
-        "no question, passage or answer in row 1",
+        "lacks question, passage or answer in row 1",
     ),
     "answers are words": (
         [],

@@ -1,7 +1,7 @@
 """results/report.py: its numbers against statsmodels and by hand, and what it does with runs of all kinds."""
 
 import json
-import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import report
 from conftest import ROOT
+from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 
 import heft_finetuning as heft
@@ -36,12 +37,8 @@ def write_run(folder, name, right, seed=42, minutes=10, settings=None, **changes
     (folder / f"{name}.predictions.jsonl").write_text("".join(lines))
 
 
-SMALL = {
-    "BASE_MODEL": "weights/Small-1B",
-    "DATASET": "data/reviews/",
-    "VALIDATION_DATA": "v",
-    "BASE_VERSION": "b",
-}
+SMALL = {"BASE_MODEL": "weights/Small-1B", "DATASET": "data/reviews/"}
+SMALL |= {"VALIDATION_DATA": "v", "BASE_VERSION": "b"}
 
 
 def write_small(folder, name, right, seed=42, **changes):
@@ -60,56 +57,52 @@ def report_on(folder):
     return (folder / "README.md").read_text()
 
 
-def run(name, right, questions=None):
-    return {"name": name, "right": right, "questions": questions or list(range(len(right)))}
+def rows_of(text, start):
+    """The cells of the first table after `start`."""
+    lines = text.split(start, 1)[1].split("\n\n")[1].splitlines()
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
 
 
 def test_interval_by_hand():
     # Wilson, 8 of 10: (0.8 + z2/20 -+ z sqrt(0.016 + z2/400)) / (1 + z2/10) with z2 = 3.8415
     assert report.interval(8, 10) == pytest.approx((49.016, 94.332), abs=1e-3)
     assert report.interval(0, 10) == pytest.approx((0, 27.753), abs=1e-3)
-    assert report.interval(2785, 3270) == pytest.approx(heft.wilson(2785, 3270))
+    scipys = binomtest(2785, 3270).proportion_ci(method="wilson")  # which the script takes
+    assert report.interval(2785, 3270) == pytest.approx([100 * end for end in scipys])
 
 
-@pytest.mark.parametrize(
-    "only_a, only_b, p",
-    [
-        (0, 0, 1.0),
-        (6, 0, 2 / 64),
-        (0, 6, 2 / 64),
-        (5, 0, 2 / 32),
-        (1, 1, 1.0),
-        (8, 2, 2 * (1 + 10 + 45) / 1024),
-    ],
-)
+CHANGES = [(0, 0, 1.0), (6, 0, 2 / 64), (0, 6, 2 / 64), (5, 0, 2 / 32), (1, 1, 1.0)]
+
+
+@pytest.mark.parametrize("only_a, only_b, p", [*CHANGES, (8, 2, 2 * (1 + 10 + 45) / 1024)])
 def test_mcnemar_by_hand(only_a, only_b, p):
     """Two-sided binomial test of the questions that changed: 6 of 6 one way is p = 2 / 2**6."""
-    a = run("a", [True] * only_a + [False] * only_b + [True] * 20)
-    b = run("b", [False] * only_a + [True] * only_b + [True] * 20)
-    found = report.compare(a, b)
-    assert (found["only_a"], found["only_b"]) == (only_a, only_b) and found["p"] == pytest.approx(p)
-    assert found["p"] == pytest.approx(mcnemar([[20, only_a], [only_b, 0]], exact=True).pvalue)
-    assert f"{abs(only_a - only_b)} of {only_a + only_b + 20} questions apart" in found["text"]
-    winner = "`a` is better" if only_a > only_b else "`b` is better"
-    assert (winner in found["text"]) == (p < 0.05) and ("not distinguishable" in found["text"]) == (p >= 0.05)
+    a = {"ground": ["same"], "right": [True] * only_a + [False] * only_b + [True] * 20}
+    b = {"ground": ["same"], "right": [False] * only_a + [True] * only_b + [True] * 20}
+    assert report.discordant(a, b) == (only_a, only_b)
+    assert report.p_value(only_a, only_b) == pytest.approx(p)
+    assert p == pytest.approx(mcnemar([[20, only_a], [only_b, 0]], exact=True).pvalue)
+    word, points, shown = report.verdict(only_a, only_b, len(a["right"]))
+    assert word == ("not distinguishable from" if p > 0.05 else "better than" if only_a else "worse than")
+    assert float(points) == pytest.approx(100 * (only_a - only_b) / len(a["right"]), abs=0.005)
+    assert points[0] in "+-" and float(shown) == pytest.approx(p, rel=0.05)
+
+
+def test_a_tiny_p_is_no_zero():
+    assert report.verdict(3000, 0, 3000) == ("better than", "+100.00", "<0.0001")
 
 
 def test_different_questions_are_no_pair():
-    assert report.compare(run("a", [True, False]), run("b", [True, False], questions=[7, 8])) is None
-    assert report.compare(run("a", [True]), run("b", [True, False])) is None
-
-
-def test_smallest_difference():
-    n, share = 3270, 0.85
-    need = report.smallest_difference(n, share)
-    error = math.sqrt(2 * share * (1 - share) * n)
-    assert need / error >= 1.959963984540054 > (need - 1) / error
+    a, b = ({"ground": ground, "right": [True, False]} for ground in ([1, 2], [7, 8]))
+    assert report.discordant(a, b) is None and report.discordant(a, a) == (0, 0)
 
 
 def test_no_runs(tmp_path):
     text = report_on(tmp_path)
     assert text.count("| lora") == 4 and "85.17 | 1:23" in text
-    assert "Other runs" not in text and "Pairs" not in text and "Smoke" not in text
+    assert "All runs" not in text and "Smoke" not in text
+    # 1.96 sqrt(2 * 0.8505 * 0.1495 * 3270) = 56.52
+    assert "must differ by about 57 answers (1.74 points)" in text
     assert (tmp_path / "figure1.png").stat().st_size > 10_000
     assert (tmp_path / "figure1.svg").read_text().lstrip().startswith("<?xml")
 
@@ -121,18 +114,17 @@ def test_the_rows_of_table_1_over_two_seeds_and_other_runs(tmp_path):
         write_run(tmp_path, f"{name}-seed7", [True] * (2710 + i) + [False] * (n - 2710 - i), seed=7)
     write_run(tmp_path, "lora3-reft3-reft_layer10", [True] * 5, minutes=30, settings={"REFT_LAYER": 10})
     write_run(tmp_path / "smoke", "lora3-reft3", [True] * 9 + [False])
-    table_1, rest = report_on(tmp_path).split("## Other runs")
+    table_1, rest = report_on(tmp_path).split("## All runs of the paper's model")
     assert "| lora3-reft3 | 3 | 3 | 2,702 of 3,270 | 82.63 | 81.29 to 83.89 |" in table_1
     assert "seed7" not in table_1
     assert "| lora3-reft3-reft_layer10 | 3 | 3 | 5 of 5 | 100.00 |" in rest
     assert "| lora3-reft3-seed7 |" in rest
     # 82.63 and 82.94: mean 82.78, standard deviation 0.216
-    assert "| lora3-reft3 | 2 (7, 42) | 82.78 | 0.22 | 82.63 to 82.94 | 0 |" in rest
-    assert rest.count("\n- `lora") == 28 and "8 pair(s) are on different questions" in rest
-    pair = (
-        "`lora20-reft0-seed7`: 10 of 3,270 questions apart (0 right in the first only, 10 in the second only)"
-    )
-    assert f"{pair}; p = 0.002; `lora20-reft0-seed7` is better." in rest
+    assert "| HEFT 3 + 3 | 2 | 82.78 | 0.22 | 82.94 (7), 82.63 (42) | 5,414 of 6,540 |" in rest
+    pairs = rows_of(rest, "times the steps.")
+    assert len(pairs) == 6, "of the four methods; five questions are no pair of 3,270"
+    last = "HEFT 20 + 20 | not distinguishable from | HEFT 3 + 3 | 2 | 0 | 6540 | +0.03 | 0.5".split(" | ")
+    assert pairs[0] == [*last, "+0.03, 1 (7); +0.03, 1 (42)"]
     real, smoke = rest.split("## Smoke runs")
     assert "| 9 of 10 | 90.00 |" in smoke and "9 of 10" not in real + table_1
     assert "| lora3-reft3 | 7B | 82.63 | measured here |" in rest
@@ -140,8 +132,7 @@ def test_the_rows_of_table_1_over_two_seeds_and_other_runs(tmp_path):
 
 def test_one_run_with_fewer_questions_is_no_row_of_table_1(tmp_path):
     write_run(tmp_path, "lora3-reft3", [True] * 300 + [False] * 2)
-    report.write_report(tmp_path)
-    table_1, rest = (tmp_path / "README.md").read_text().split("## Other runs")
+    table_1, rest = report_on(tmp_path).split("## All runs of the paper's model")
     assert "| lora3-reft3 | 3 | 3 |  |" in table_1 and "300 of 302" in rest
 
 
@@ -151,8 +142,7 @@ def test_a_smoke_run_among_the_real_ones_does_not_mix(tmp_path):
     result = json.loads(file.read_text())
     result["settings"]["SMOKE"] = True
     file.write_text(json.dumps(result))
-    report.write_report(tmp_path)
-    before, smoke = (tmp_path / "README.md").read_text().split("## Smoke runs")
+    before, smoke = report_on(tmp_path).split("## Smoke runs")
     assert "3 of 4" in smoke and "3 of 4" not in before
 
 
@@ -170,8 +160,7 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path, capsys):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     shutil.copy(tmp_path / "lora3-reft1.json", tmp_path / "alone.json")
     (tmp_path / "lora3-reft1.json").unlink()
-    report.write_report(tmp_path)
-    text, out = (tmp_path / "README.md").read_text(), capsys.readouterr().out
+    text, out = report_on(tmp_path), capsys.readouterr().out
     skipped = text.split("## Skipped files")[1]
     for name, reason in {
         "torn": "is no complete JSON",
@@ -190,12 +179,12 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path, capsys):
 def test_what_the_script_writes_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(heft, "EPOCHS_REFT", 0)
     record = {"seconds": 5.0, "loss": [1.0, 0.5]}
-    lora = SimpleNamespace(epochs=3, record=record, hub=None, settings={"WEIGHTS": "a hash"})
-    reft = SimpleNamespace(epochs=0, record=None, hub=None, settings={})
+    lora = SimpleNamespace(epochs=3, record=record, hub=None, content="a hash", settings={})
+    reft = SimpleNamespace(epochs=0, record=None, hub=None, content=None, settings={})
     run = SimpleNamespace(file=tmp_path / "lora3-reft0.json", settings={"VALIDATION_DATA": "a hash"})
     settings = {key: getattr(heft, key) for key in heft.SETTINGS} | {"SMOKE": False}
-    questions = [{"question": "is it", "answer": "Yes"}, {"question": "is it not", "answer": "No"}]
-    heft.write_result(settings, run, lora, reft, questions, ["Yes", "Hm"], 1.0)
+    questions = [{"question": "is it", "answer": "Yes"}, {"question": "is it\u2028not", "answer": "No"}]
+    heft.write_result(settings, run, lora, reft, questions, ["Yes", "Hm\x85\u2028"], 1.0)
     read = report.read_run(run.file)
     assert read["right"] == [True, False] and read["training"] == 5.0 and read["percent"] == 50.0
     assert read["pair"] == report.PAPERS_PAIR and read["seed"] == 42
@@ -208,7 +197,7 @@ def test_another_model_is_never_in_table_1(tmp_path):
     small = {"BASE_MODEL": "hub/Small-1B"}
     write_run(tmp_path, "lora3-reft3", answers(3000, 270), settings=small)
     write_run(tmp_path / "gpu", "lora20-reft0", answers(2900, 370))  # the paper's model, but not here
-    table_1, rest = report_on(tmp_path).split("## Other runs")
+    table_1, rest = report_on(tmp_path).split("## All runs of the paper's model")
     assert "| lora3-reft3 | 3 | 3 |  |" in table_1 and "| lora20-reft0 | 20 | 0 |  |" in table_1
     paper, section = rest.split("## Small-1B on boolq")
     assert "| gpu/lora20-reft0 | 20 | 0 | 2,900 of 3,270 |" in paper and "3,000" not in paper
@@ -226,20 +215,15 @@ def test_the_methods_of_a_section(tmp_path):
         write_small(folder, f"lora3-reft3-seed{seed}", answers(9, 1), seed)
     text = report_on(tmp_path)
     assert [line for line in text.splitlines() if line.startswith("## ")][-1] == "## Small-1B on reviews"
-    rows = [
-        line for line in text.split("| training s |")[1].split("\n\n")[0].splitlines() if "---" not in line
-    ]
-    assert rows[1].startswith("| base model | 1 | 40.00 |  | 40.00 (42) | 4 of 10 |")
-    assert rows[1].endswith("| 3 | 0 |")
-    # 80 and 60 %: mean 70, standard deviation sqrt(200); 14 of 20 by Wilson; 600 and 720 s
-    wilson = "{:.2f} to {:.2f}".format(*heft.wilson(14, 20))
-    assert (
-        rows[2] == f"| LoRA 3 | 2 | 70.00 | 14.14 | 60.00 (1), 80.00 (42) | 14 of 20 | {wilson} | 0 | 660 |"
-    )
-    labels = [row.split(" | ")[0].removeprefix("| ") for row in rows[1:]]
-    assert labels == ["base model", "LoRA 3", "LoRA 4", "LoReFT 3", "HEFT 3 + 3"]
-    assert "| LoRA 4 | 2 | 70.00 | 0.00 | 70.00 (1), 70.00 (42) | 14 of 20 |" in rows[3]
-    assert rows[3].endswith("| 2 | 600 |") and rows[5].endswith("| 0 | 601 |")
+    rows = rows_of(text, "losses](small/figure-reviews.png)")
+    assert [row[0] for row in rows] == ["base model", "LoRA 3", "LoRA 4", "LoReFT 3", "HEFT 3 + 3"]
+    assert rows[0][1:6] == ["1", "40.00", "", "40.00 (any)", "4 of 10"] and rows[0][-2:] == ["3", "0"]
+    # 80 and 60 %: mean 70, standard deviation sqrt(200); 14 of 20 by Wilson; 600 s is the faster
+    wilson = "{:.2f} to {:.2f}".format(*report.interval(14, 20))
+    assert rows[1][1:5] == ["2", "70.00", "14.14", "60.00 (1), 80.00 (42)"]
+    assert rows[1][5:] == ["14 of 20", wilson, "0", "600"]
+    assert rows[2][1:6] == ["2", "70.00", "0.00", "70.00 (1), 70.00 (42)", "14 of 20"]
+    assert rows[2][-2:] == ["2", "600"] and rows[4][-2:] == ["0", "601"]
     assert "![accuracy, training time and losses](small/figure-reviews.png)" in text
     assert (folder / "figure-reviews.png").stat().st_size > 10_000
     assert "| lora3-reft0-seed1 | 3 | 0 | 6 of 10 |" in text.split("All runs:")[1]
@@ -256,24 +240,28 @@ def test_pooled_mcnemar_by_hand(tmp_path):
     write_small(tmp_path / "a", "lora4-reft0-seed7", answers(10), seed=7)  # no HEFT run of this seed
     write_small(tmp_path / "a", "lora0-reft0", answers(2, 8))
     text = report_on(tmp_path)
-    for seed in (1, 42):
-        assert f"| LoRA 3 | {seed} | 10 | 3 | 0 | +30.00 | 0.25 | not distinguishable |" in text
-        # The base model has one answer, whatever the seed.
-        assert f"| base model | {seed} | 10 | 6 | 0 | +60.00 | 0.031 | HEFT 3 + 3 |" in text
-    assert "| LoRA 3 | all | 20 | 6 | 0 | +30.00 | 0.031 | HEFT 3 + 3 |" in text
-    assert "| LoReFT 3 | all | 20 | 8 | 2 | +30.00 | 0.11 | not distinguishable |" in text
-    assert "| LoRA 4 | 7 " not in text and "p are optimistic" in text
+    pairs = {(row[0], row[2]): row for row in rows_of(text, "times the steps.")}
+    # The base model has one answer, whatever the seed.
+    for other, word, numbers, each in [
+        ("LoRA 3", "better than", "6 0 20 +30.00 0.031", "+30.00, 0.25 (1); +30.00, 0.25 (42)"),
+        ("LoReFT 3", "not distinguishable from", "8 2 20 +30.00 0.11", "+20.00, 0.62 (1); +40.00, 0.22 (42)"),
+        ("base model", "better than", "12 0 20 +60.00 0.00049", "+60.00, 0.031 (1); +60.00, 0.031 (42)"),
+    ]:
+        assert pairs["HEFT 3 + 3", other] == ["HEFT 3 + 3", word, other, *numbers.split(), each]
+    assert pairs["LoReFT 3", "LoRA 3"][3:7] == ["2", "2", "20", "+0.00"]
+    assert ("HEFT 3 + 3", "LoRA 4") not in pairs and ("LoRA 4", "base model") in pairs
+    assert "is optimistic" in text
 
 
 @pytest.mark.parametrize(
     "changes, label",
     [
-        ({"LEARNING_RATE_LORA": 0.001}, "learning_rate_lora=0.001"),
-        ({"MAX_TRAIN_SAMPLES": 500, "TRAIN_DATA": "other"}, "max_train_samples=500"),
+        ({"LEARNING_RATE_LORA": 0.001}, "lr_lora=0.001"),
+        ({"MAX_TRAIN_SAMPLES": 500, "TRAIN_DATA": "other"}, "train=500"),
         ({"TRAIN_DATA": "other rows of the same file"}, "train_data=other rows"),
         ({"BASE_VERSION": "other"}, "base_version=other"),
         ({"VALIDATION_DATA": "other"}, "validation_data=other"),
-        ({"MAX_EVAL_SAMPLES": 10}, "max_eval_samples=10"),
+        ({"MAX_EVAL_SAMPLES": 10}, "eval=10"),
         ({"FORMAT": 3}, "format=3"),
     ],
 )
@@ -286,14 +274,13 @@ def test_runs_of_other_settings_are_not_pooled(tmp_path, monkeypatch, changes, l
     text = report_on(tmp_path)
     assert "| LoRA 3 | 1 | 80.00 |" in text and f"| LoRA 3, {label} | 1 | 10.00 |" in text
     # Whatever was learnt from is compared on the same questions, with the same base model.
-    compared = f"| LoRA 3, {label} | 1 | 10 | 8 | 0 |" in text
+    compared = f"| HEFT 3 + 3 | better than | LoRA 3, {label} | 8 | 0 | 10 |" in text
     assert compared == (not {"VALIDATION_DATA", "BASE_VERSION"} & changes.keys())
 
 
 def test_what_does_not_matter_does_not_split(tmp_path):
-    write_small(
-        tmp_path, "lora3-reft0", answers(8, 2), OUTPUT_DIR="a", REFT_LAYER=3, BASE_MODEL="x/Small-1B/"
-    )
+    other = dict(OUTPUT_DIR="a", REFT_LAYER=3, BASE_MODEL="x/Small-1B/")
+    write_small(tmp_path, "lora3-reft0", answers(8, 2), **other)
     write_small(tmp_path / "b", "lora3-reft0-seed1", answers(6, 4), seed=1, TOKENS_PER_MICROBATCH=1)
     assert "| LoRA 3 | 2 | 70.00 |" in report_on(tmp_path)
 
@@ -314,28 +301,152 @@ def test_sensitivity(tmp_path):
     write_small(tmp_path, "lora3-reft3-reft_rank1", answers(7, 3), REFT_RANK=1)
     write_small(tmp_path, "lora0-reft3", answers(6, 4))
     write_small(tmp_path, "lora0-reft3-reft_layer5", answers(5, 5), REFT_LAYER=5)
-    methods, rest = report_on(tmp_path).split("HEFT 3 + 3 with another layer or rank")
-    assert "p against layer 15, rank 4 |" in rest
-    rows = [line.split(" | ") for line in rest.split("\n\n")[1].splitlines()[2:]]
-    assert [(*row[:5], row[6].split(" ")[0]) for row in rows] == [
-        ("| 5", "4", "42", "2 of 10", "20.00", "0.031"),
-        ("| 15", "1", "42", "7 of 10", "70.00", "1"),
-        ("| 15", "4", "42", "8 of 10", "80.00", ""),
-        ("| 20", "4", "42", "9 of 10", "90.00", "1"),
+    methods, rest = report_on(tmp_path).split("HEFT with another layer or rank")
+    assert [(row[0], row[1], row[4]) for row in rows_of(rest, " of stage 2:")] == [
+        ("HEFT 3 + 3, reft_layer=5", "1", "20.00 (42)"),
+        ("HEFT 3 + 3, reft_rank=1", "1", "70.00 (42)"),
+        ("HEFT 3 + 3, reft_layer=20", "1", "90.00 (42)"),
     ]
-    assert methods.count("\n| HEFT 3 + 3 |") == 1 and "| HEFT 3 + 3 | 2 | 80.00 |" in methods
+    tested = {row[0]: row[1:] for row in rows_of(rest, "90.00 (42)")}
+    assert tested["HEFT 3 + 3, reft_layer=5"][:4] == ["worse than", "HEFT 3 + 3", "0", "6"]
+    assert tested["HEFT 3 + 3, reft_layer=5"][4:] == ["10", "-60.00", "0.031", "-60.00, 0.031 (42)"]
+    assert tested["HEFT 3 + 3, reft_rank=1"][3:6] == ["1", "10", "-10.00"]
+    assert len(tested) == 3
+    assert methods.count("\n| HEFT 3 + 3 | 2 | 80.00 |") == 1
     assert "| LoReFT 3 | 1 | 60.00 |" in methods and "| LoReFT 3, reft_layer=5 | 1 | 50.00 |" in methods
+    assert "reft_layer=20" not in methods
 
 
-def test_about_is_told_word_for_word_and_once(tmp_path):
-    about = "The weights are `x`, *Apache 2.0*.\n\n- data: y, CC-BY\n"
+def test_about_is_told_word_for_word(tmp_path):
+    head, rest = "The weights are `x`, *Apache 2.0*.", "Made so:\n\n    a command\n"
     for data in ("boolq", "reviews"):
         write_small(tmp_path / "small", f"lora3-reft0-{data}", answers(8, 2), DATASET=data)
-    (tmp_path / "small/about.md").write_text(about)
+    (tmp_path / "small/about.md").write_text(f"{head}\n\n{rest}")
     text = report_on(tmp_path)
-    assert text.count(about) == 1 and f"## Small-1B on boolq\n\n{about}\n![" in text
-    assert "## Small-1B on reviews\n\nWeights and data: see Small-1B on boolq, above." in text
+    assert text.count(f"\n\n{head}\n\n![") == 2 and text.count("a command") == 1
+    assert text.endswith(f"## How the runs in small were made\n\n{rest}")
     assert {path.name for path in tmp_path.glob("small/*.png")} == {"figure-boolq.png", "figure-reviews.png"}
+
+
+def test_trials_of_learning_rates_stand_apart(tmp_path):
+    folder = tmp_path / "small"
+    write_small(folder, "lora3-reft3", answers(9, 1))
+    for rate, right in ((0.01, 7), (0.002, 8), (0.005, 8)):
+        rates = dict(DATASET="set_aside", LEARNING_RATE_REFT=rate)
+        write_small(folder / "tuning", f"lora0-reft3-{rate}", answers(right, 10 - right), seed=5, **rates)
+    write_small(folder / "tuning", "lora3-reft0", answers(1, 9), LEARNING_RATE_LORA=0.004)
+    write_run(folder / "tuning", "lora20-reft0", answers(2900, 370))  # of the paper's model and data
+    (folder / "about.md").write_text("Weights.")
+    text = report_on(tmp_path)
+    titles = (
+        "Llama-2-7b-chat-hf on boolq: learning rates",
+        "Small-1B on reviews",
+        "Small-1B on reviews: learning rates",
+    )
+    titles += ("Small-1B on set_aside: learning rates",)
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")][3:] == list(titles)
+    paper, *sections = re.split("\n## (?:Small|Llama).*\n", text)
+    assert "| lora20-reft0 | 20 | 0 |  |" in paper and "2,900" not in paper and "2,900" in sections[0]
+    assert "were chosen with seed 42 on reviews, seed 5 on set_aside;" in sections[1]
+    assert "LoRA 3 |" not in sections[1] and "LoReFT" not in sections[1] and "1 run" not in sections[1]
+    assert [row[:3] + row[4:5] + row[6:] for row in rows_of(sections[3], "Weights.")] == [
+        ["LoReFT 3", "0.002", "5", "80.00", "yes"],
+        ["LoReFT 3", "0.005", "5", "80.00", "yes"],
+        ["LoReFT 3", "0.01", "5", "70.00"],
+    ]
+    assert "![" not in sections[3] and "McNemar" not in sections[3] and "All runs" not in sections[3]
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"figure1.png", "figure-reviews.png"}
+
+
+def in_words(folder):
+    """The sentences that a section begins with."""
+    text = report_on(folder).split("## Small-1B on reviews\n\n")[1].split("\n\n")[0]
+    return re.split(r"(?<=\.) (?=[A-Z])", text)
+
+
+HEFT, LORA, LOREFT = "lora3-reft3", "lora3-reft0", "lora0-reft3"
+
+
+@pytest.mark.parametrize(
+    "heft, lora, reft, told",
+    [
+        (
+            9,
+            3,
+            8,
+            "better than LoRA 3 (+60.00 points, seeds ahead: 2 of 2, p 0.00049) and not distinguishable",
+        ),
+        (
+            9,
+            8,
+            3,
+            "not distinguishable from LoRA 3 (+10.00 points, seeds ahead: 2 of 2, p 0.5) and better than",
+        ),
+        (
+            3,
+            9,
+            3,
+            "worse than LoRA 3 (-60.00 points, seeds ahead: 0 of 2, p 0.00049) and not distinguishable",
+        ),
+        (5, 5, 9, "not distinguishable from LoRA 3 (+0.00 points, seeds ahead: 0 of 2, p 1) and worse than"),
+    ],
+)
+def test_the_answer_in_words(tmp_path, heft, lora, reft, told):
+    for seed in (42, 1):
+        for name, right in ((HEFT, heft), (LORA, lora), (LOREFT, reft)):
+            write_small(tmp_path, f"{name}-seed{seed}", answers(right, 10 - right), seed)
+    write_small(tmp_path, "lora0-reft0", answers(0, 10), unknown_answers=10)
+    first, accuracy, time, p, seeds, limits = in_words(tmp_path)
+    assert (
+        first.startswith(f"HEFT 3 + 3 is {told}") and f"LoReFT 3 ({10 * (heft - reft):+.2f} points" in first
+    )
+    assert accuracy.startswith("Accuracy on 10 questions: base model 0.00 % (neither Yes nor No: 10), LoRA 3")
+    assert f"HEFT 3 + 3 {10 * heft}.00 % ({10 * heft}.00 to {10 * heft}.00 over 2 seeds); " in accuracy
+    assert accuracy.endswith("always Yes would have 100.00 %.")
+    assert time.endswith("HEFT 3 + 3 took 601 s; LoRA alone was not trained for as long.")
+    assert "at least 0.05" in p and "optimistic" in seeds
+    assert limits == "Small-1B on reviews says nothing about Llama-2-7b-chat-hf on boolq."
+
+
+def test_equal_time_takes_the_fastest_seeds_and_the_lora_nearest_in_time(tmp_path):
+    for seed, slow in ((42, 1), (1, 3)):
+        write_small(tmp_path, f"{HEFT}-seed{seed}", answers(9, 1), seed, minutes=10 * slow)
+        for epochs, right in ((3, 6), (4, 2), (5, 8)):
+            name = f"lora{epochs}-reft0-seed{seed}"
+            write_small(tmp_path, name, answers(right, 10 - right), seed, minutes=3 * epochs / slow)
+    (time,) = (sentence for sentence in in_words(tmp_path) if "time" in sentence)
+    # 3, 4 and 5 minutes, at most: 3 epochs are HEFT's own stage 1, whatever they took
+    assert (
+        "HEFT 3 + 3 took 601 s and LoRA 5 300 s: HEFT 3 + 3 is not distinguishable from LoRA 5 (+10" in time
+    )
+
+
+def test_a_timing_run_tells_the_seconds_of_a_step(tmp_path):
+    """Here 5 s and 0.25 s; it is no run of a method. Runs of other data keep their own seconds."""
+    write_small(tmp_path / "x", "lora3-reft3", answers(8, 2))
+    write_small(
+        tmp_path / "x/timing",
+        "lora1-reft1",
+        answers(2, 1),
+        minutes=1 / 6,
+        loss={"lora": [1, 1], "reft": [1] * 4},
+    )
+    write_small(tmp_path / "x", "lora3-reft0", answers(8, 2), DATASET="data/others")
+    runs, skipped = report.read_runs(tmp_path)
+    assert [(run["pair"][1], run["training"]) for run in runs] == [("others", 600), ("reviews", 10.5)]
+    assert not skipped and "LoRA 1" not in report_on(tmp_path)
+
+
+def test_words_without_heft_or_a_second_seed(tmp_path):
+    write_small(tmp_path, LORA, answers(6, 4))
+    assert in_words(tmp_path)[0].startswith("Accuracy on 10 questions: LoRA 3 60.00 %; always Yes")
+    write_small(tmp_path, HEFT, answers(9, 1), seed=1)
+    write_small(tmp_path, "lora4-reft0", answers(9, 1))  # no seed in common
+    told = in_words(tmp_path)
+    assert told[0].startswith("Accuracy") and told[1].endswith("LoRA alone was not trained for as long.")
+    assert "With one seed, the spread between seeds is not known." in told and "optimistic" not in " ".join(
+        told
+    )
 
 
 def test_two_models_in_one_folder_have_their_own_figures(tmp_path):

@@ -9,10 +9,14 @@ import shutil
 import subprocess
 import sys
 
+import httpx2
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, load, make_tiny, rows_of, run_script, start, tiny_settings
+from huggingface_hub.errors import HfHubHTTPError
 from peft import get_peft_model
+from statsmodels.stats.proportion import proportion_confint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import heft_finetuning as heft
@@ -44,7 +48,9 @@ def test_defaults_are_the_papers():
         3,
         2048,
     )
-    assert heft.run_name(settings) == "lora3-reft3" and heft.run_name(settings, "lora") == "lora3"
+    assert (
+        heft.identity(settings, "run")[0] == "lora3-reft3" and heft.identity(settings, "lora")[0] == "lora3"
+    )
 
 
 def test_every_setting_is_a_flag_with_its_meaning(capsys):
@@ -99,8 +105,8 @@ def test_every_setting_is_a_flag_with_its_meaning(capsys):
 )
 def test_name_says_what_differs_from_the_paper(flags, name, stage_1):
     settings = heft.read_settings(flags)
-    assert heft.run_name(settings) == name
-    assert heft.run_name(settings, "lora") == stage_1
+    assert heft.identity(settings, "run")[0] == name
+    assert heft.identity(settings, "lora")[0] == stage_1
 
 
 def test_every_setting_that_changes_the_experiment_changes_the_name():
@@ -125,8 +131,8 @@ def test_every_setting_that_changes_the_experiment_changes_the_name():
     )
     assert different.keys() == heft.PAPER_VALUES.keys()
     usual = heft.read_settings([])
-    names = {heft.run_name(usual | {key: value}) for key, value in different.items()}
-    assert len(names) == len(different) and heft.run_name(usual) not in names
+    names = {heft.identity(usual | {key: value}, "run")[0] for key, value in different.items()}
+    assert len(names) == len(different) and heft.identity(usual, "run")[0] not in names
 
 
 def test_editing_a_constant_equals_its_flag(tmp_path):
@@ -136,9 +142,7 @@ def test_editing_a_constant_equals_its_flag(tmp_path):
         .replace('LORA_TARGETS = ""', 'LORA_TARGETS = "all-linear"')
     )
     (tmp_path / "edited.py").write_text(edited)
-    code = (
-        "import json, {0} as h; s = h.read_settings({1}); print(json.dumps([s, h.run_name(s), h.made_by(s)]))"
-    )
+    code = "import json, {0} as h; s = h.read_settings({1}); print(json.dumps([s, *h.identity(s, 'run')]))"
     by_edit = subprocess.run(
         [sys.executable, "-c", code.format("edited", "[]")],
         cwd=tmp_path,
@@ -191,15 +195,6 @@ def test_example_losses_are_transformers_own(tiny):
         )
 
 
-def test_wilson_is_statsmodels():
-    from statsmodels.stats.proportion import proportion_confint
-
-    for correct, n in ((0, 10), (10, 10), (2785, 3270), (1, 2), (150, 302)):
-        assert heft.wilson(correct, n) == pytest.approx(
-            [100 * x for x in proportion_confint(correct, n, method="wilson")]
-        )
-
-
 @pytest.mark.parametrize(
     "text, answer",
     [
@@ -214,6 +209,38 @@ def test_wilson_is_statsmodels():
 )
 def test_prediction_is_the_papers_rule(text, answer):
     assert heft.predict(text) == answer
+
+
+def raised(error, cause=None):
+    """The error as `except` gets it, raised from the cause."""
+    error.__cause__ = cause
+    return error
+
+
+def answer_of(status):
+    """The Hub's answer with this status."""
+    return HfHubHTTPError("no", response=httpx2.Response(status, request=httpx2.Request("GET", "http://hub")))
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (httpx2.ReadError("cut"), 1),  # in the middle of a download
+        (raised(OSError("wrapped"), httpx2.ConnectTimeout("late")), 1),
+        (answer_of(503), 1),
+        (raised(OSError("wrapped"), answer_of(503)), 1),
+        (answer_of(429), 1),
+        (answer_of(404), 2),
+        (raised(OSError("wrapped"), answer_of(403)), 2),
+        (OSError("no such file"), 2),
+    ],
+)
+def test_a_failing_network_is_no_mistake_of_the_user(monkeypatch, capsys, error, status):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(SystemExit) as end:
+        heft.stop("cannot read", error)
+    assert end.value.code == status
+    assert capsys.readouterr().err.startswith(f"heft: error: cannot read ({type(error).__name__}: ")
 
 
 # --- runs
@@ -252,7 +279,8 @@ def test_result_file_has_all_that_is_needed_to_understand_it(runs, tiny):
     correct = sum(row["prediction"] == row["answer"] for row in predictions)
     assert result["correct_predictions"] == correct and result["accuracy"] == f"{100 * correct / 20:.2f}%"
     assert result["unknown_answers"] == sum(row["prediction"] == "Unknown" for row in predictions)
-    assert result["confidence_interval_95"] == pytest.approx(heft.wilson(correct, 20))
+    wilson = [100 * end for end in proportion_confint(correct, 20, method="wilson")]
+    assert result["confidence_interval_95"] == pytest.approx(wilson)
     assert set(heft.SETTINGS) <= result["settings"].keys()
     assert len(result["loss"]["lora"]) == len(result["loss"]["reft"]) == 2 and all(
         map(math.isfinite, result["loss"]["lora"] + result["loss"]["reft"])
@@ -532,18 +560,30 @@ def test_lora_targets_name_the_adapted_layers(seven, targets, adapted):
     assert len(names) == 32 * adapted
 
 
-@pytest.mark.parametrize("targets, simulated", [("", 25.6), ("all-linear", 34.8)])
-def test_the_memory_estimate_is_near_the_simulation(seven, targets, simulated):
-    skeleton = seven(targets)
-    stage_1, evaluation = heft.bytes_per_token(skeleton)
-    weights = 2 * sum(p.numel() for name, p in skeleton.named_parameters() if "lora" not in name)
-    assert (weights + 2048 * stage_1) / 1e9 == pytest.approx(simulated, rel=0.02)
-    assert (weights + 2048 * evaluation) / 1e9 == pytest.approx(18.7, rel=0.02)
+def test_trainable_parameters_of_the_7b_model(seven):
+    """Known numbers: LoRA's of PEFT's default, and LoReFT's R, W and b."""
+    assert sum(p.numel() for p in seven().parameters() if p.requires_grad) == 4_194_304
+    loreft = heft.LoreftIntervention(embed_dim=4096, low_rank_dimension=4)
+    assert sum(p.numel() for p in loreft.parameters()) == 32_772
+
+
+@pytest.mark.parametrize(
+    "epochs, targets, simulated", [(3, "", 25.6), (3, "all-linear", 34.8), (0, "", 18.7)]
+)
+def test_the_memory_estimate_is_near_the_simulation(seven, monkeypatch, capsys, epochs, targets, simulated):
+    """Gigabytes at the default micro-batch; without stage 1, the evaluation needs the most."""
+    skeleton = seven(targets, EPOCHS_LORA=epochs)
+    skeleton = skeleton if epochs else skeleton.unload()
+    fake_gpu(monkeypatch, 15)
+    with pytest.raises(SystemExit):
+        heft.check_device(skeleton, 1000)
+    estimate = re.search(r"needs about ([\d.]+) GB", said(capsys)).group(1)
+    assert float(estimate) == pytest.approx(simulated, rel=0.02)
 
 
 def fake_gpu(monkeypatch, gigabytes, capability=(9, 0)):
     monkeypatch.setattr(heft, "DEVICE", "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(heft, "DEVICE_NAME", "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gigabytes * 1e9), int(gigabytes * 1e9)))
 
