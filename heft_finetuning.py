@@ -750,7 +750,7 @@ def take_up(settings, base, train_rows, questions):
             weights = {"STAGE_1": lora.content, "STAGE_2": reft.content}
             run.result = check_record(run.file, run.settings | weights, run.file)
     except OSError as error:
-        stop(f"cannot read or write {error.filename or 'there'}", error)
+        stop(f"cannot read or write {error.filename or 'there'}: mend that, or choose another folder", error)
     except ValueError as error:  # damaged, of other settings, or something else's
         stop(error)
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "nowhere")).resolve()

@@ -24,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas
+from scipy.stats import ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -316,6 +317,15 @@ def compared(a, b):
     return f"{word} {b.label} ({points} points, {ahead}, p {p})"
 
 
+def over_seeds(a, b):
+    """p of the paired t-test with the seed as the unit, in words; nothing if the seeds do not vary."""
+    found = against(a, b)
+    differences = [(x - y) / n for seed, (x, y, n) in found.items() if seed != "all"]
+    if len(set(differences)) < 2:
+        return []
+    return [f"{ttest_1samp(differences, 0).pvalue:.2g} against {b.label}"]
+
+
 def reached(method):
     """The accuracy of a method, in words."""
     scores, unknown = [run["percent"] for run in method.runs], sum(r["unknown_answers"] for r in method.runs)
@@ -334,8 +344,11 @@ def in_words(pair, methods, trials):
     if heft := max((m for m in usual if all(epochs(m.runs[0]))), key=lambda m: len(m.runs), default=None):
         name, (lora, reft) = heft.label, epochs(heft.runs[0])
         rivals = [m for m in usual if against(heft, m)]
-        alone = [compared(heft, m) for m in rivals if m.label in (f"LoRA {lora}", f"LoReFT {reft}")]
-        told.insert(0, f"{name} is {' and '.join(alone)}." * bool(alone))
+        parts = [m for m in rivals if m.label in (f"LoRA {lora}", f"LoReFT {reft}")]
+        units = [p for m in parts for p in over_seeds(heft, m)]
+        ask = "Whether other seeds would show this, a paired t-test over the seeds asks: p"
+        told.insert(0, f"{ask} {', '.join(units)}." * bool(units))
+        told.insert(0, f"{name} is {' and '.join(compared(heft, m) for m in parts)}." * bool(parts))
         longer = [m for m in rivals if m.label.startswith("LoRA ") and epochs(m.runs[0])[0] > lora]
         told.append(f"In training time, {name} took {heft.seconds:.0f} s")
         told[-1] += "" if longer else "; LoRA alone was not trained for as long."

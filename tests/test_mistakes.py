@@ -154,12 +154,12 @@ MISTAKES = {
     "output is a file": (
         ["--output-dir", "file"],
         lambda p: (p / "work/file").write_text("x"),
-        "cannot write to the folder 'file'",
+        "cannot read or write file:",
     ),
     "results below a file": (
         ["--results-dir", "file/x"],
         lambda p: (p / "work/file").write_text("x"),
-        "cannot write to the folder 'file/x'",
+        "cannot read or write file/x:",
     ),
     "results file with a folder": (["--results-file", "../x.json"], None, "--results-file"),
     "result of other settings": (["--results-file", "mine.json"], result_of_another, "epochs_lora 20, not 1"),

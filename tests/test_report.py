@@ -421,8 +421,16 @@ def test_equal_time_takes_the_fastest_seeds_and_the_lora_nearest_in_time(tmp_pat
     )
 
 
+def test_the_seed_as_the_unit_by_hand(tmp_path):
+    """Differences of 0.1, 0.2, 0.3: t = 0.2 / (0.1 / sqrt(3)) = 3.464, 2 degrees of freedom, p = 0.0742."""
+    for seed, right in ((1, 6), (2, 7), (3, 8)):
+        write_small(tmp_path, f"{HEFT}-seed{seed}", answers(right, 10 - right), seed)
+        write_small(tmp_path, f"{LORA}-seed{seed}", answers(5, 5), seed)
+    assert "over the seeds asks: p 0.074 against LoRA 3." in in_words(tmp_path)[1]
+
+
 def test_a_timing_run_tells_the_seconds_of_a_step(tmp_path):
-    """Here 5 s and 0.25 s; it is no run of a method. Runs of other data keep their own seconds."""
+    """Of 5 s and 0.25 s here; it is no run of a method. Runs of other data keep their own seconds."""
     write_small(tmp_path / "x", "lora3-reft3", answers(8, 2))
     write_small(
         tmp_path / "x/timing",
