@@ -251,11 +251,13 @@ def pair_table(pairs):
     return table(head + " | points, p (seed)", rows)
 
 
-NOTES = """p is of the exact McNemar test on the same questions, with the counts of all seeds added up (last
-column: seed by seed); below 0.05 a pair counts as different. The seeds answer the same questions, so what
-puts them together, interval and p, is optimistic. The untrained base model answers alike for any seed, and
-is not in the figure. Training time is that of the fastest seed, or, where a folder `timing` has a run of the
-same model and data, which had a core for itself, the seconds of a step there times the steps."""
+NOTES = """p is from the exact McNemar test on the same questions, with the counts of all seeds added up
+(last column: seed by seed); below 0.05 a pair counts as different. The seeds answer the same questions, so
+what is pooled, interval and p, is optimistic, and says nothing about other seeds. The untrained base model
+answers the same for any seed, and is not in the figure; where it says neither Yes nor No, a comparison with
+it is about the form of the answer. Training time is that of the fastest seed; but where a folder `timing` has
+a run of the same model and data, which had a core to itself, it is the seconds of a step there times the
+steps."""
 
 
 def run_blocks(runs, prefix=""):
@@ -294,7 +296,7 @@ def paper_blocks(folder, runs):
         near 85 % on {N:,} questions must differ by about {need} answers ({100 * need / N:.2f} points) for
         p < 0.05. The paper's HEFT 3 + 3 and LoRA-only 20 are {short} answers apart, HEFT 20 + 20 and
         LoRA-only 20 are {long}: not distinguishable from the totals. (A paired test on the same questions can
-        resolve less: if only d questions change, all one way, d = 6 is enough.)"""
+        detect a smaller difference: if only d questions change, all one way, d = 6 is enough.)"""
     return [
         "![accuracy, training time and losses](figure1.png)",
         "## Table 1",
@@ -339,23 +341,24 @@ def in_words(pair, methods, trials):
     usual = [method for method in methods if method.label == kind(method.runs[0])]
     answers = [answer for _, answer in usual[0].runs[0]["ground"][2:]]
     often = max(("Yes", "No"), key=answers.count)
-    always = f"always {often} would have {100 * answers.count(often) / len(answers):.2f} %"
+    always = f"always {often} would score {100 * answers.count(often) / len(answers):.2f} %"
     told = [f"Accuracy on {len(answers):,} questions: {', '.join(map(reached, usual))}; {always}."]
     if heft := max((m for m in usual if all(epochs(m.runs[0]))), key=lambda m: len(m.runs), default=None):
         name, (lora, reft) = heft.label, epochs(heft.runs[0])
         rivals = [m for m in usual if against(heft, m)]
         parts = [m for m in rivals if m.label in (f"LoRA {lora}", f"LoReFT {reft}")]
         units = [p for m in parts for p in over_seeds(heft, m)]
-        ask = "Whether other seeds would show this, a paired t-test over the seeds asks: p"
+        ask = "Whether other seeds would show this is tested by a paired t-test over the seeds: p"
         told.insert(0, f"{ask} {', '.join(units)}." * bool(units))
-        told.insert(0, f"{name} is {' and '.join(compared(heft, m) for m in parts)}." * bool(parts))
+        alone = " and ".join(compared(heft, m) for m in parts)
+        told.insert(0, f"On the answers of these models, {name} is {alone}." * bool(parts))
         longer = [m for m in rivals if m.label.startswith("LoRA ") and epochs(m.runs[0])[0] > lora]
         told.append(f"In training time, {name} took {heft.seconds:.0f} s")
         told[-1] += "" if longer else "; LoRA alone was not trained for as long."
         for m in sorted(longer, key=lambda m: abs(m.seconds - heft.seconds))[:1]:
             told[-1] += f" and {m.label} {m.seconds:.0f} s: {name} is {compared(heft, m)}."
         told.append("Not distinguishable (p of at least 0.05, exact McNemar test) does not mean equal.")
-        many = "All seeds are put together; they answer the same questions: p is optimistic."
+        many = "The answers of all seeds are pooled; the questions are the same for each: p is optimistic."
         told.append(many if len(heft.runs) > 1 else "With one seed, the spread between seeds is not known.")
     chosen = ", ".join(sorted({f"seed {run['seed']} on {run['pair'][1]}" for run in trials}))
     told.append(f"The learning rates were chosen with {chosen}; " * bool(trials))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -121,7 +122,7 @@ def test_the_rows_of_table_1_over_two_seeds_and_other_runs(tmp_path):
     assert "| lora3-reft3-seed7 |" in rest
     # 82.63 and 82.94: mean 82.78, standard deviation 0.216
     assert "| HEFT 3 + 3 | 2 | 82.78 | 0.22 | 82.94 (7), 82.63 (42) | 5,414 of 6,540 |" in rest
-    pairs = rows_of(rest, "times the steps.")
+    pairs = rows_of(rest, "there times the steps.")
     assert len(pairs) == 6, "of the four methods; five questions are no pair of 3,270"
     last = "HEFT 20 + 20 | not distinguishable from | HEFT 3 + 3 | 2 | 0 | 6540 | +0.03 | 0.5".split(" | ")
     assert pairs[0] == [*last, "+0.03, 1 (7); +0.03, 1 (42)"]
@@ -240,7 +241,7 @@ def test_pooled_mcnemar_by_hand(tmp_path):
     write_small(tmp_path / "a", "lora4-reft0-seed7", answers(10), seed=7)  # no HEFT run of this seed
     write_small(tmp_path / "a", "lora0-reft0", answers(2, 8))
     text = report_on(tmp_path)
-    pairs = {(row[0], row[2]): row for row in rows_of(text, "times the steps.")}
+    pairs = {(row[0], row[2]): row for row in rows_of(text, "there times the steps.")}
     # The base model has one answer, whatever the seed.
     for other, word, numbers, each in [
         ("LoRA 3", "better than", "6 0 20 +30.00 0.031", "+30.00, 0.25 (1); +30.00, 0.25 (42)"),
@@ -398,11 +399,12 @@ def test_the_answer_in_words(tmp_path, heft, lora, reft, told):
     write_small(tmp_path, "lora0-reft0", answers(0, 10), unknown_answers=10)
     first, accuracy, time, p, seeds, limits = in_words(tmp_path)
     assert (
-        first.startswith(f"HEFT 3 + 3 is {told}") and f"LoReFT 3 ({10 * (heft - reft):+.2f} points" in first
+        first.startswith(f"On the answers of these models, HEFT 3 + 3 is {told}")
+        and f"LoReFT 3 ({10 * (heft - reft):+.2f} points" in first
     )
     assert accuracy.startswith("Accuracy on 10 questions: base model 0.00 % (neither Yes nor No: 10), LoRA 3")
     assert f"HEFT 3 + 3 {10 * heft}.00 % ({10 * heft}.00 to {10 * heft}.00 over 2 seeds); " in accuracy
-    assert accuracy.endswith("always Yes would have 100.00 %.")
+    assert accuracy.endswith("always Yes would score 100.00 %.")
     assert time.endswith("HEFT 3 + 3 took 601 s; LoRA alone was not trained for as long.")
     assert "at least 0.05" in p and "optimistic" in seeds
     assert limits == "Small-1B on reviews says nothing about Llama-2-7b-chat-hf on boolq."
@@ -426,7 +428,7 @@ def test_the_seed_as_the_unit_by_hand(tmp_path):
     for seed, right in ((1, 6), (2, 7), (3, 8)):
         write_small(tmp_path, f"{HEFT}-seed{seed}", answers(right, 10 - right), seed)
         write_small(tmp_path, f"{LORA}-seed{seed}", answers(5, 5), seed)
-    assert "over the seeds asks: p 0.074 against LoRA 3." in in_words(tmp_path)[1]
+    assert "over the seeds: p 0.074 against LoRA 3." in in_words(tmp_path)[1]
 
 
 def test_a_timing_run_tells_the_seconds_of_a_step(tmp_path):
@@ -505,3 +507,17 @@ def test_help_is_the_docstring(tmp_path):
     assert shown.returncode == 0 and report.__doc__.strip() in shown.stdout
     wrong = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
     assert wrong.returncode == 2 and "is no folder" in wrong.stderr
+
+
+def test_the_shipped_report_follows_from_the_shipped_runs(tmp_path):
+    """And the README repeats its answer word for word. (With runs of one's own, the report is another.)"""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    if git(["git", "status", "--porcelain", "results"]).stdout or not (ROOT / ".git").exists():
+        pytest.skip("no clean checkout")
+    for name in git(["git", "ls-files", "results"]).stdout.splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shipped = (ROOT / "results/README.md").read_text()
+    assert report_on(tmp_path / "results") == shipped
+    (answer,) = re.findall(r"^On the answers of these models, .*$", (ROOT / "README.md").read_text(), re.M)
+    assert f"## SmolLM2-135M-Instruct on reviews\n\n{answer}\n" in shipped
