@@ -257,7 +257,7 @@ what is pooled, interval and p, is optimistic, and says nothing about other seed
 answers the same for any seed, and is not in the figure; where it says neither Yes nor No, a comparison with
 it is about the form of the answer. Training time is that of the fastest seed; but where a folder `timing` has
 a run of the same model and data, which had a core to itself, it is the seconds of a step there times the
-steps."""
+steps, whatever the layer."""
 
 
 def run_blocks(runs, prefix=""):

@@ -122,7 +122,7 @@ def test_the_rows_of_table_1_over_two_seeds_and_other_runs(tmp_path):
     assert "| lora3-reft3-seed7 |" in rest
     # 82.63 and 82.94: mean 82.78, standard deviation 0.216
     assert "| HEFT 3 + 3 | 2 | 82.78 | 0.22 | 82.94 (7), 82.63 (42) | 5,414 of 6,540 |" in rest
-    pairs = rows_of(rest, "there times the steps.")
+    pairs = rows_of(rest, "whatever the layer.")
     assert len(pairs) == 6, "of the four methods; five questions are no pair of 3,270"
     last = "HEFT 20 + 20 | not distinguishable from | HEFT 3 + 3 | 2 | 0 | 6540 | +0.03 | 0.5".split(" | ")
     assert pairs[0] == [*last, "+0.03, 1 (7); +0.03, 1 (42)"]
@@ -241,7 +241,7 @@ def test_pooled_mcnemar_by_hand(tmp_path):
     write_small(tmp_path / "a", "lora4-reft0-seed7", answers(10), seed=7)  # no HEFT run of this seed
     write_small(tmp_path / "a", "lora0-reft0", answers(2, 8))
     text = report_on(tmp_path)
-    pairs = {(row[0], row[2]): row for row in rows_of(text, "there times the steps.")}
+    pairs = {(row[0], row[2]): row for row in rows_of(text, "whatever the layer.")}
     # The base model has one answer, whatever the seed.
     for other, word, numbers, each in [
         ("LoRA 3", "better than", "6 0 20 +30.00 0.031", "+30.00, 0.25 (1); +30.00, 0.25 (42)"),
