@@ -1,7 +1,8 @@
 """HEFT: fine-tune Llama-2-7b-chat on BoolQ with LoRA, merge, refine with LoReFT, evaluate.
 
-The reference reproduction of "HEFT: A Coarse-to-Fine Hierarchy for Enhancing the Efficiency
-and Accuracy of Language Model Reasoning" (arXiv 2509.09801), one experiment from top to bottom.
+The reference reproduction of "HEFT: A Coarse-to-Fine Hierarchy for Enhancing the Efficiency and Accuracy of
+Language Model Reasoning" (arXiv 2509.09801). The same command continues a run that was stopped.
+Exit status: 0 done, 2 a mistake said in one line, 85 stopped by SIGTERM, else a failure.
 
     python heft_finetuning.py --smoke                            # tiny embedded model, CPU, offline
     python heft_finetuning.py --no-push-to-hub                   # the paper's main run, 3 + 3 epochs
@@ -9,9 +10,6 @@ and Accuracy of Language Model Reasoning" (arXiv 2509.09801), one experiment fro
     python heft_finetuning.py --epochs-lora 0 --epochs-reft 20   # Table 1, ReFT-only
     python heft_finetuning.py --epochs-lora 20 --epochs-reft 20  # Table 1, the longest run
     condor_submit heft.sub                                       # the same on a GPU cluster
-
-A run that was stopped, by whatever, continues with the same command.
-Exit status: 0 done, 2 a mistake said in one line, 85 stopped by SIGTERM, else a failure.
 """
 
 # fmt: off
@@ -60,7 +58,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import io
 import json
 import math
 import os
@@ -70,7 +67,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -85,7 +81,6 @@ if __name__ == "__main__":  # before the imports that take seconds: a job may be
     signal.signal(signal.SIGTERM, lambda *_: (os.write(2, words), sys.exit(85)))
     sys.stdout.reconfigure(line_buffering=True)  # a job's log shows how far it is
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost tenfold where cores are shared
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # micro-batches vary in shape
 warnings.simplefilter("ignore")
 
@@ -93,40 +88,37 @@ import datasets
 import filelock
 import huggingface_hub
 import torch
+import torch.nn.functional as F
 import transformers
 from httpx2 import TransportError
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import binomtest
-from torch.nn.functional import cross_entropy, pad
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 with contextlib.redirect_stdout(None):  # it advertises a package that is not needed here
     from pyreft import LoreftIntervention, ReftConfig, get_reft_model
-from pyvene.models.intervenable_modelcard import type_to_module_mapping
+from pyvene import type_to_module_mapping
 
 for library in (transformers, huggingface_hub, datasets):
     library.logging.set_verbosity(50)  # what they have to say is told by this script
 datasets.disable_progress_bars()
 huggingface_hub.get_session().timeout = 60  # seconds; by default a stalled Hub is waited for for ever
-# The scheduler's CUDA_VISIBLE_DEVICES is left alone; the toy needs no GPU.
-DEVICE = "cuda" if torch.cuda.is_available() and "--smoke" not in sys.argv else "cpu"
-DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
-DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE_NAME
-IGNORE = -100  # label of a token without loss
+DEVICE = "cuda" if torch.cuda.is_available() and "--smoke" not in sys.argv else "cpu"  # the toy needs no GPU
+IGNORE = -100  # label of a token without loss, as torch has it
 
 
 def main():
     """The experiment, in the order of the paper's sections [in brackets]; mistakes end it early."""
-    settings = read_settings()
+    settings = read_settings(sys.argv[1:])
     globals().update(settings)  # from here on the constants are what the flags say
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage is to learn from them [4.1]
     base, tokenizer, skeleton = look_at_base_model()
-    train_rows, questions = load_boolq("train", tokenizer), load_boolq("validation", tokenizer)
-    lora_examples, reft_examples, common = training_examples(tokenizer, train_rows)
+    train_rows = load_boolq("train", tokenizer) if EPOCHS_LORA or EPOCHS_REFT else []
+    questions = load_boolq("validation", tokenizer)
+    lora_examples, reft_examples = training_examples(tokenizer, train_rows)
     check_device(skeleton, max(len(row["tokens"]) for row in train_rows + questions))
 
     # What earlier runs have left is taken up if the same settings, data and weights made it, else refused
@@ -135,36 +127,30 @@ def main():
     print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
-    if lora.record and not lora.weights:  # no adapter here: the Hub has the merged model of an earlier run
-        model = load_model(lora.repo)
-    else:
-        model = load_model(BASE_MODEL, base.version)
-        if EPOCHS_LORA:
-            model = stage_1_lora(model, lora, lora_examples)
-            model = model.merge_and_unload()  # in the model's dtype, as in the paper
+    model = load_base_model(base)
+    if EPOCHS_LORA:
+        model = stage_1_lora(model, lora, lora_examples)
+        model = model.merge_and_unload()  # in the model's dtype, as in the paper
     model.eval().requires_grad_(False)
     lora.lock.release()  # other runs may start from this stage 1 now
-    if MERGED_DIR:
-        write_merged(model, base, MERGED_DIR)
 
     # Stage 2, fine: LoReFT on the merged, frozen model, one edit of one hidden state per question [3.3]
-    reft.settings["STAGE_1"] = lora.content
-    reft_model = stage_2_loreft(model, reft, reft_examples, common) if EPOCHS_REFT else None
+    reft.settings["STAGE_1"] = lora.content  # on other weights it would be another stage 2
+    reft_model = stage_2_loreft(model, reft, reft_examples) if EPOCHS_REFT else None
 
     # Evaluation: greedy answers to the validation questions [4]
     if not run.result:
         texts, seconds = answer(model, reft_model, tokenizer, questions)
         run.result = write_result(settings, run, lora, reft, questions, texts, seconds)
 
-    # The Hub comes last: everything is on disk by now
+    # What is large comes last: all else is on disk by now
+    if MERGED_DIR:
+        write_merged(model, base, MERGED_DIR)
     unpushed = push_what_is_missing(model, base, lora, reft, run)
-    last_screen(run, lora, reft)
-    later = f"all is on disk, and this pushes it later: {shlex.join(['python', *sys.argv])}"
-    require(not unpushed, f"not pushed: {'; '.join(unpushed)}; {later}", 1)
+    last_screen(run, unpushed)
 
 
 # ----- Data: BoolQ as prompts and tokens (paper, section 4.1 and appendix)
-
 # Character for character the paper's. The tokenizer adds a BOS of its own: prompts start with two.
 BOOLQ_PROMPT_TMPL = """<s>[INST] <<SYS>>
 You are a helpful assistant that answers questions with only "Yes" or
@@ -183,8 +169,6 @@ def format_boolq(example):
 
 def load_boolq(split, tokenizer):
     """The rows of a split in the data's order: dicts of question, prompt, answer, tokens (the prompt's)."""
-    if split == "train" and not EPOCHS_LORA and not EPOCHS_REFT:
-        return []
     where = f"the {split} split of the dataset {DATASET!r}"
     schema = {"question": "string", "passage": "string", "answer": "bool"}
     try:
@@ -196,36 +180,26 @@ def load_boolq(split, tokenizer):
     broken = [number for number, row in enumerate(rows, 1) if None in row.values()]
     require(rows and not broken, f"{where} lacks question, passage or answer in row {(broken or [1])[0]}")
     rows = [format_boolq(row) | {"question": row["question"]} for row in rows]
-    tokens = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    return [row | {"tokens": prompt} for row, prompt in zip(rows, tokens)]
+    return [row | {"tokens": tokenizer(row["prompt"])["input_ids"]} for row in rows]
 
 
 def training_examples(tokenizer, rows):
-    """What each stage learns from: (for LoRA, for LoReFT, common).
-
-    LoRA: dicts of input_ids and labels. LoReFT: dicts of prefix (tokens between `common`, the start of all
-    prompts, and the last prompt token), prefix_mask (a 1 for each of common and prefix), input_ids (the last
-    prompt token and the ending) and labels."""
-    # The paper's text ends in " Yes" in stage 1 and in "Yes" in stage 2; both add the end-of-sequence token.
-    prompt, words, end = BOOLQ_PROMPT_TMPL % ("", ""), (" Yes", " No", "Yes", "No"), tokenizer.eos_token
-    before, *texts = tokenizer([prompt] + [prompt + word + end for word in words])["input_ids"]
-    endings = {word: text[len(before) :] for word, text in zip(words, texts)}  # all prompts end alike
-    assert all(text[: len(before)] == before for text in texts), "an answer changes the tokens before it"
-    common = os.path.commonprefix([row["tokens"][:-2] for row in rows])  # no prefix is left empty
-    lora_examples, reft_examples = [], []
+    """Dicts of lists for (LoRA, LoReFT). LoRA learns from input_ids, labels; LoReFT from input_ids (the last
+    prompt token and the ending), labels, prefix (the tokens before) and prefix_mask (a 1 for each)."""
+    lora_examples, reft_examples, end = [], [], tokenizer.eos_token
     for row in rows:
         # Loss over the whole text but its end: the paper pads with that token, and masks the real one, too.
-        tokens = (row["tokens"] + endings[" " + row["answer"]])[:MAX_LENGTH]
+        tokens = tokenizer(f"{row['prompt']} {row['answer']}{end}")["input_ids"][:MAX_LENGTH]
         labels = [IGNORE if token == tokenizer.eos_token_id else token for token in tokens]
         lora_examples.append({"input_ids": tokens, "labels": labels})
-        # Loss on the answer and its end. The prefix, all before the last prompt token, needs no gradient.
-        *prefix, last = row["tokens"]
-        ending = endings[row["answer"]]
-        example = {"prefix": prefix[len(common) :], "prefix_mask": [1] * len(prefix)}
-        if len(prefix) + 1 + len(ending) <= MAX_LENGTH:  # a longer one, cut, would lose its answer
-            reft_examples.append(example | {"input_ids": [last, *ending], "labels": [IGNORE, *ending]})
+        # Loss on the answer, in the paper's stage 2 without a space before it, and its end.
+        tokens, n = tokenizer(f"{row['prompt']}{row['answer']}{end}")["input_ids"], len(row["tokens"])
+        assert tokens[:n] == row["tokens"], "the answer changes the tokens before it"
+        prefix = {"prefix": tokens[: n - 1], "prefix_mask": [1] * (n - 1)}
+        if len(tokens) <= MAX_LENGTH:  # a longer one, cut, would lose its answer
+            reft_examples.append(prefix | {"input_ids": tokens[n - 1 :], "labels": [IGNORE, *tokens[n:]]})
     require(reft_examples or not EPOCHS_REFT, f"no training example fits into --max-length {MAX_LENGTH}")
-    return lora_examples, reft_examples, common
+    return lora_examples, reft_examples
 
 
 # ----- Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
@@ -245,7 +219,7 @@ def collate(examples):
 
     def padded(key, group):
         rows, value = [torch.tensor(examples[i][key]) for i in group], IGNORE if key == "labels" else 0
-        return pad_sequence(rows, batch_first=True, padding_value=value).to(DEVICE)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(DEVICE)
 
     lengths = [len(example.get("prefix", [])) + len(example["input_ids"]) for example in examples]
     groups = microbatches(lengths, TOKENS_PER_MICROBATCH)
@@ -254,76 +228,68 @@ def collate(examples):
 
 def example_losses(logits, labels):
     """Mean token loss of each example: (rows, columns, words) and (rows, columns) to (rows,)."""
-    labels = pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
-    logits = logits.float().flatten(0, 1)
-    losses = cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view_as(labels).sum(1) / (labels != IGNORE).sum(1)
 
 
-def train(stage, logits_of, tensors, examples, peak_rate, write):
-    """Train those of `tensors` that require a gradient, and `write` them; a checkpoint holds all of them.
+def train(stage, module, forward, examples, peak_rate):
+    """Train what requires a gradient in `module`. Returns the losses, the seconds and the peak memory.
 
-    logits_of: function from a micro-batch (dict of (rows, columns) tensors) to logits (rows, columns, words).
-    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the
-    step's number: a step needs weights and optimizer alone, and a resumed run equals an undisturbed one.
-    After SIGTERM it saves a checkpoint and exits with 85."""
-    parameters = [tensor for tensor in tensors if tensor.requires_grad]
+    forward: function from a micro-batch without labels to an output with logits. AdamW, linear decay to 0, no
+    warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the step's number: a resumed run
+    equals an undisturbed one. On SIGTERM: checkpoint, exit 85."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    tensors = [*parameters, *module.buffers()]  # LoReFT's R is relative to its first value, a buffer
     optimizer = torch.optim.AdamW(parameters, peak_rate, weight_decay=0.0)  # the fused one rounds otherwise
     per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # an epoch's last step may have fewer examples
-    steps, losses, seconds, checkpoint = per_epoch * stage.epochs, [], 0.0, stage.folder / "checkpoint.pt"
-    size = sum(parameter.numel() for parameter in parameters)
-    print(f"\n{stage.title}: {size:,} trainable parameters, {stage.epochs} epochs, {steps} steps")
+    steps, checkpoint = per_epoch * stage.epochs, stage.folder / "checkpoint.pt"
+    losses, stopping, started = [], [], time.time()
+    print(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for tensor, saved in zip(tensors, state["tensors"]):
             tensor.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        losses, seconds = state["loss"], state["seconds"]
+        losses, started = state["loss"], started - state["seconds"]
         print(f"resuming from {checkpoint} after step {len(losses)} of {steps}")
-    started, stopping = time.time() - seconds, []
     exit_at_once = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, dynamic_ncols=True)
     for step in bar:
         epoch, position = divmod(step, per_epoch)
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch)).tolist()
-        batch = [examples[i] for i in order[position * EXAMPLES_PER_STEP :][:EXAMPLES_PER_STEP]]
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
+        batch = [examples[i] for i in order.split(EXAMPLES_PER_STEP)[position]]
         torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))  # of the dropout
         optimizer.param_groups[0]["lr"] = peak_rate * ((steps - step) / steps)
         loss = 0.0
         for rows in collate(batch):
+            labels = rows.pop("labels")
             # A mean over the step's examples, as in transformers 4.45; its Trainer now weights by tokens.
-            part = example_losses(logits_of(rows), rows["labels"]).sum() / len(batch)
+            part = example_losses(forward(**rows).logits, labels).sum() / len(batch)
             part.backward()
             loss += part.detach()
-        losses.append(loss.item())
-        said = f"the loss is {losses[-1]} at step {step + 1}: try a lower learning rate, or --dtype float32"
-        require(math.isfinite(losses[-1]), said, 1)
+        require(loss.isfinite(), f"loss {loss} at step {step + 1}: try a lower rate, or --dtype float32", 1)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{losses[-1]:.4f}")
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{loss:.4f}")
         if stopping or position == per_epoch - 1:
             state = {"settings": stage.settings, "tensors": tensors, "optimizer": optimizer.state_dict()}
             save(checkpoint, state | {"loss": losses, "seconds": time.time() - started})
-        if stopping:
-            tqdm.write(f"stopped by SIGTERM at step {len(losses)} of {steps}; the same command continues")
-            sys.exit(85)
+            if stopping:
+                break
     signal.signal(signal.SIGTERM, exit_at_once)
-    if stopping:  # since the last look
+    if stopping:
+        print(f"stopped by SIGTERM at step {len(losses)} of {steps}; the same command continues")
         sys.exit(85)
-    record = {"loss": losses, "seconds": time.time() - started, "peak_memory_gb": peak_memory()}
-    write()
-    stage.content = stage.settings["WEIGHTS"] = digest(stage.weights)
-    stage.record = record | {"settings": stage.settings}
-    save(stage.folder / "heft.json", json.dumps(stage.record))  # last: the stage is finished
-    checkpoint.unlink(missing_ok=True)
+    return {"loss": losses, "seconds": time.time() - started, "peak_memory_gb": peak_memory()}
 
 
 # ----- Stage 1: LoRA (paper, section 3.2)
 def lora_config():
     """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
-    names = re.split(" *, *", LORA_TARGETS.strip())
-    targets = {"": None, "all-linear": "all-linear"}.get(LORA_TARGETS, names)
+    targets = {"": None, "all-linear": "all-linear"}.get(LORA_TARGETS, re.split(" *, *", LORA_TARGETS))
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
@@ -334,52 +300,44 @@ def stage_1_lora(model, stage, examples):
         return PeftModel.from_pretrained(model, stage.folder)
     set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
     model = get_peft_model(model, lora_config()).train()
-    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def logits_of(rows):
-        return model(input_ids=rows["input_ids"], use_cache=False).logits
-
-    write = partial(model.save_pretrained, stage.folder)
-    train(stage, logits_of, tensors, examples, LEARNING_RATE_LORA, write)
+    record = train(stage, model, partial(model, use_cache=False), examples, LEARNING_RATE_LORA)
+    model.save_pretrained(stage.folder)
+    finish(stage, record)
     return model
 
 
 # ----- Stage 2: LoReFT (paper, section 3.3): at the last prompt token, h becomes h + R^T (W h + b - R h)
-def stage_2_loreft(model, stage, examples, common):
+def stage_2_loreft(model, stage, examples):
     """A pyreft.ReftModel around `model`: its intervention is read if the stage is finished, else trained."""
     set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
-    rotation.base = rotation.base.contiguous()  # or it cannot be saved
+    rotation.base = rotation.base.contiguous()  # last bits depend on its layout: keep them
     place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
     reft_model = get_reft_model(model, ReftConfig(representations=place | {"intervention": intervention}))
     if not stage.record:
-        # The paper backpropagates through all prompt tokens. Those before the last are constant: their keys
-        # and values are computed without gradient, those of the words that start all prompts only once.
-        with torch.no_grad():
-            start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
+        # The paper backpropagates through all prompt tokens. Those before the last are constant, the model is
+        # frozen: their keys and values need no gradient, those of the words that start all prompts come once.
+        common = os.path.commonprefix([example["prefix"][:-1] for example in examples])
+        examples = [example | {"prefix": example["prefix"][len(common) :]} for example in examples]
+        start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
 
-        def logits_of(rows):
-            inputs, mask = rows["input_ids"], rows["prefix_mask"]
-            with torch.no_grad():
-                prefix = copy.deepcopy(start)
-                prefix.batch_repeat_interleave(len(inputs))
-                model.base_model(rows["prefix"], past_key_values=prefix)
-            position = mask.sum(1, keepdim=True) + torch.arange(inputs.shape[1], device=DEVICE)
-            mask = torch.cat([mask, torch.ones_like(inputs)], 1)
-            inputs = {"input_ids": inputs, "attention_mask": mask, "position_ids": position}
+        def forward(input_ids, prefix, prefix_mask):
+            cache = copy.deepcopy(start)
+            cache.batch_repeat_interleave(len(input_ids))
+            model.base_model(prefix, past_key_values=cache)
+            position = prefix_mask.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=DEVICE)
+            mask = torch.cat([prefix_mask, torch.ones_like(input_ids)], 1)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position}
             # Column 0 is the last prompt token: there, and nowhere else, the hidden state is edited.
-            _, output = reft_model(inputs | {"past_key_values": prefix}, unit_locations={"base": 0})
-            return output.logits
+            return reft_model(inputs | {"past_key_values": cache}, unit_locations={"base": 0})[1]
 
-        def write():
-            reft_model.set_device("cpu", set_model=False)  # a file that loads without a GPU
-            with contextlib.redirect_stdout(None):
-                reft_model.save(stage.folder)
-
-        tensors = [*intervention.parameters(), *intervention.buffers()]  # its own state_dict is lossy
-        train(stage, logits_of, tensors, examples, LEARNING_RATE_REFT, write)
+        record = train(stage, intervention, forward, examples, LEARNING_RATE_REFT)
+        reft_model.set_device("cpu", set_model=False)  # a file that loads without a GPU
+        with contextlib.redirect_stdout(None):
+            reft_model.save(stage.folder)
+        finish(stage, record)
     # The file is evaluated, not the memory. (ReftModel.load would make learned_source bfloat16 in any case.)
     intervention.load_state_dict(torch.load(stage.weights, map_location=DEVICE, weights_only=True))
     reft_model.set_device(DEVICE, set_model=False)
@@ -390,11 +348,9 @@ def stage_2_loreft(model, stage, examples, common):
 def answer(model, reft_model, tokenizer, questions):
     """The generated text for each question, in their order, and the seconds it took."""
     print(f"\nevaluation of {len(questions):,} questions")
-    prompts = [row["tokens"] for row in questions]
-    end = tokenizer.pad_token_id = tokenizer.eos_token_id
-    ends = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": end, "pad_token_id": end}
-    greedy = GenerationConfig(do_sample=False, **ends)  # the chat model's own settings would sample
-    texts, started = {}, time.time()
+    prompts, texts, started = [row["tokens"] for row in questions], {}, time.time()
+    end = tokenizer.pad_token_id = tokenizer.eos_token_id  # greedy: the chat model's settings would sample
+    how = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=end, pad_token_id=end)
     # Without gradient four times as many tokens fit. Left padding: the last column is the last prompt token.
     groups = microbatches([len(prompt) for prompt in prompts], 4 * TOKENS_PER_MICROBATCH)
     for group in tqdm(groups, unit="micro-batch", dynamic_ncols=True):
@@ -402,9 +358,9 @@ def answer(model, reft_model, tokenizer, questions):
         columns = rows["input_ids"].shape[1]
         if reft_model:
             edited = dict(unit_locations={"base": columns - 1}, intervene_on_prompt=True)
-            _, output = reft_model.generate(dict(rows), generation_config=greedy, **edited)
+            _, output = reft_model.generate(dict(rows), generation_config=how, **edited)
         else:
-            output = model.generate(**rows, generation_config=greedy)
+            output = model.generate(**rows, generation_config=how)
         texts |= zip(group, tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True))
     return [texts[i].strip() for i in range(len(prompts))], time.time() - started
 
@@ -414,38 +370,11 @@ def predict(text):
     return "Yes" if "Yes" in text else "No" if "No" in text else "Unknown"
 
 
-def write_result(settings, run, lora, reft, questions, texts, seconds):
-    """Write the result and the predictions of the run. Returns the result, the paper's five keys first."""
-    rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
-    rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
-    n, correct = len(rows), sum(row["prediction"] == row["answer"] for row in rows)
-    records = {"lora": lora.record or {}, "reft": reft.record or {}}
-    seconds = {name: record.get("seconds", 0.0) for name, record in records.items()} | {"evaluation": seconds}
-    git, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(HERE))} describe --always --dirty")
-    packages = "torch transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
-    result = {"lora_epochs": EPOCHS_LORA, "reft_epochs": EPOCHS_REFT, "num_validation_samples": n}
-    result |= {"correct_predictions": correct, "accuracy": f"{100 * correct / n:.2f}%"}
-    result |= {
-        "confidence_interval_95": [100 * end for end in binomtest(correct, n).proportion_ci(method="wilson")],
-        "unknown_answers": sum(row["prediction"] == "Unknown" for row in rows),
-        "settings": settings | run.settings | {"STAGE_1": lora.content, "STAGE_2": reft.content},
-        "seconds": seconds | {"total": sum(seconds.values())},
-        "device": DEVICE_NAME,
-        "peak_memory_gb": max(peak_memory(), *(r.get("peak_memory_gb", 0) for r in records.values())),
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-        "commit": None if git else commit,  # a cluster job has none
-        "script_sha256": hashlib.sha256(SCRIPT.encode()).hexdigest(),
-        "loss": {name: record.get("loss", []) for name, record in records.items()},
-    }
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    save(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
-    save(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
-    return result
-
-
 # =============================================================================================
 # Bookkeeping: the experiment ends here. First, settings as flags, and the names of runs
 
+DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
+DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE_NAME
 HERE = Path(__file__).resolve().parent
 SCRIPT = Path(__file__).read_text()  # as it is now: a run takes hours, in which it may be edited
 # fmt: off
@@ -491,32 +420,31 @@ def legal(name, text):
     raise argparse.ArgumentTypeError(f"must be {words} (it is {text!r})")
 
 
-def read_settings(arguments=None):
-    """The constants on the first screen, overridden by the flags in `arguments` (or the command line)."""
+def read_settings(arguments):
+    """All settings: the constants on the first screen, or what the flags in `arguments` say instead."""
     meaning = dict(re.findall(r"^([A-Z_]+) = .*?# (.+)$", SCRIPT, re.M))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: stop(re.sub("^argument (--[^:]+):", r"\1", message))
-    parser.add_argument("--smoke", action="store_true", help="the embedded tiny model and data, CPU, no Hub")
-    smoke = "--smoke" in (sys.argv[1:] if arguments is None else arguments)
+    parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
+    defaults = globals() | (SMOKE_VALUES if "--smoke" in arguments else {})
     for name in SETTINGS:
-        flag, words = "--" + name.lower().replace("_", "-"), meaning[name].replace("%", "%%")
-        value = SMOKE_VALUES.get(name, globals()[name]) if smoke else globals()[name]
+        flag, value, words = "--" + name.lower().replace("_", "-"), defaults[name], meaning[name]
         if name in ("PUSH_TO_HUB", "PRIVATE_REPOS"):
             require(isinstance(value, bool), f"{flag} must be True or False, not {value!r}")
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=words)
+            how = {"action": argparse.BooleanOptionalAction, "default": value, "help": words}
         else:  # the default goes in as text: argparse checks it like a flag's, however it was edited
-            rule = {"type": partial(legal, name), "help": f"{words} (default: {value!r})"}
-            parser.add_argument(flag, metavar=name, default=str(value), **rule)
-    parsed = parser.parse_args(arguments)
-    return {name: getattr(parsed, name.lower()) for name in SETTINGS} | {"SMOKE": smoke}
+            words = f"{words} (default: {value!r})".replace("%", "%%")
+            how = {"type": partial(legal, name), "default": str(value), "help": words}
+        parser.add_argument(flag, dest=name, **how)
+    return vars(parser.parse_args(arguments))
 
 
 def identity(settings, what):
     """(name, settings) of stage "lora", stage "reft" or the whole "run": the settings that decide its result;
     `lora3-reft3` with a part for each that is not the paper's (or the smoke run's), such as `-seed7`."""
-    absent = ["LORA"] * (not settings["EPOCHS_LORA"]) + ["MAX_NEW", "EVAL"] * (what != "run")
-    absent += ["REFT"] * (what == "lora" or not settings["EPOCHS_REFT"])
-    names = ["EPOCHS_LORA", "EPOCHS_REFT"][: 1 + (what != "lora")]
+    absent = ["EVAL", "NEW_TOKENS"] * (what != "run") + ["REFT"] * (what == "lora")
+    names = [f"EPOCHS_{stage}" for stage in ("LORA", "REFT") if stage not in absent]
+    absent += [stage for stage in ("LORA", "REFT") if not settings[f"EPOCHS_{stage}"]]
     names += [name for name in PAPER_VALUES if not any(word in name for word in absent)]
     usual, parts = PAPER_VALUES | (SMOKE_VALUES if settings["SMOKE"] else {}), []
     for name in names:
@@ -524,20 +452,20 @@ def identity(settings, what):
         text = os.path.basename(value.rstrip("/")) if isinstance(value, str) else f"{value:.10g}"
         if value != usual.get(name):
             parts.append(re.sub(r"[^A-Za-z0-9._+]+", "_", word + text))
-    return "-".join(parts), {name: settings[name] for name in names}
+    # Content counts, not spelling: take_up has a hash for what these two name.
+    return "-".join(parts), {name: settings[name] for name in names if name not in ("BASE_MODEL", "DATASET")}
 
 
 # ----- Errors: one line for what is no bug
 def stop(message, cause=2):
-    """End the program with one line on stderr. cause: the exit status, or an exception, which is told: status
-    1 if it says that network or server failed, else 2, a mistake that the user can mend."""
+    """End with one line on stderr. cause: the exit status, or an exception, which is told and decides: 1 if
+    network or server failed, else 2, a mistake that the user can mend."""
     if isinstance(cause, Exception):
-        message = f"{message} ({first_line(cause)})"
-        code = http_status(cause) or http_status(cause.__cause__)  # transformers wraps it
-        network = (ConnectionError, LocalEntryNotFoundError, TransportError)
-        silent = isinstance(cause, network) or isinstance(cause.__cause__, network)
-        silent = silent and not huggingface_hub.constants.HF_HUB_OFFLINE
-        cause = 1 if silent or code == 429 or code >= 500 else 2
+        message, causes = f"{message} ({first_line(cause)})", (cause, cause.__cause__)  # transformers wraps
+        no_answer = (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError, TransportError)
+        silent = any(isinstance(e, no_answer) for e in causes) and not huggingface_hub.is_offline_mode()
+        codes = [e.response.status_code for e in causes if isinstance(e, HfHubHTTPError)]
+        cause = 1 if silent or any(code == 429 or code >= 500 for code in codes) else 2
     tqdm.write(f"heft: error: {' '.join(str(message).split())}", file=sys.stderr)  # not within a progress bar
     sys.exit(cause)
 
@@ -550,31 +478,24 @@ def require(fine, message, cause=2):
 
 def first_line(error):
     """The first line of an exception's message: libraries add pages of advice."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-
-
-def http_status(error):
-    """The status of the Hub's answer that `error` is about; 0 if it is about none."""
-    return getattr(getattr(error, "response", None), "status_code", 0)
+    return type(error).__name__ + ": " + str(error).strip().partition("\n")[0][:300]
 
 
 def explain(kind, error, trace):
     """`sys.excepthook`: one line for what is no bug, a traceback for what is."""
     folders = filter(os.path.isdir, (OUTPUT_DIR, RESULTS_DIR, "."))
     full = min(shutil.disk_usage(folder).free for folder in folders) < 1e5  # not all writers give an errno
-    if issubclass(kind, KeyboardInterrupt):
-        stop("interrupted; the same command continues", 130)
-    if issubclass(kind, torch.OutOfMemoryError):
-        stop("the GPU's memory is full: the same command with fewer --tokens-per-microbatch continues", 1)
-    if full or getattr(error, "errno", 0) in (28, 122):  # no space, over the quota
-        stop("the disk is full: make room, then the same command continues from the last checkpoint", 1)
+    full = full or getattr(error, "errno", 0) in (28, 122)  # no space, over the quota
+    require(kind is not KeyboardInterrupt, "interrupted; the same command continues", 130)
+    words = "the GPU's memory is full: the same command with fewer --tokens-per-microbatch continues"
+    require(kind is not torch.OutOfMemoryError, words, 1)
+    require(not full, "the disk is full: make room, then the same command continues from its checkpoint", 1)
     sys.__excepthook__(kind, error, trace)
 
 
 # ----- The base model and the machine, looked at before anything takes time
 def look_at_base_model():
-    """(base, tokenizer, skeleton): the folder of the model's small files and the version of its weights; its
-    tokenizer; the model with its adapter, without weights."""
+    """(base: `folder` of its small files, `version` of its weights; tokenizer; skeleton: all but weights)."""
     local, folder, small = os.path.isdir(BASE_MODEL), BASE_MODEL, ["*.json", "*.model", "*.txt", "*.jinja"]
     try:
         if not local:
@@ -587,9 +508,9 @@ def look_at_base_model():
         known = type(skeleton) in type_to_module_mapping
         if EPOCHS_LORA:
             skeleton = get_peft_model(skeleton, lora_config())
-            layers = [name for name, module in skeleton.named_modules() if hasattr(module, "lora_A")]
             for target in skeleton.peft_config["default"].target_modules:  # PEFT minds only if none is found
-                assert any(layer.endswith(target) for layer in layers), f"no layer is called {target}"
+                found = any(name.endswith(target) for name in skeleton.targeted_module_names)
+                assert found, f"no layer is called {target}"
     except Exception as error:  # gated, missing, torn or foreign: a dozen types
         advice = "give --base-model a Hub name or a folder, --lora-targets names of its layers"
         if isinstance(error, GatedRepoError):
@@ -614,9 +535,8 @@ def check_device(skeleton, longest):
     each = shape * (8 if not EPOCHS_LORA else 39 if LORA_TARGETS else 21) + 14 * config.vocab_size
     needs = f"{BASE_MODEL!r} has {weights / 1e9:.1f} GB of weights"
     if DEVICE == "cuda":
-        old = torch.cuda.get_device_capability() < (8, 0) and DTYPE == "bfloat16"
-        advice = "use a GPU of compute capability 8.0 or newer, or --dtype float32"
-        require(not old, f"{DEVICE_NAME} has no bfloat16 in hardware: {advice}")
+        able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
+        require(able, f"{DEVICE_NAME} has no bfloat16 in hardware: take one that has, or --dtype float32")
         need, free = weights + each * max(longest, TOKENS_PER_MICROBATCH), 0.97 * torch.cuda.mem_get_info()[0]
         fits = int((free - weights) / each)
         advice = f"--tokens-per-microbatch {fits} fits" if fits >= longest else "take one with more memory"
@@ -626,22 +546,20 @@ def check_device(skeleton, longest):
         try:
             torch.cuda.init()
         except (AssertionError, RuntimeError) as error:  # no GPU, or a driver too old: torch says which
-            where = "use a machine with a GPU of 32 GB or more (condor_submit heft.sub), or try --smoke"
-            stop(f"no GPU found, and {needs}: {where}", error)
+            stop(f"no GPU found, and {needs}: take one of 32 GB (condor_submit heft.sub), or --smoke", error)
 
 
-def load_model(name, revision="main"):
-    """The causal language model `name` (folder, or revision on the Hub), on the device; safetensors only."""
-    options = dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, use_safetensors=True, revision=revision)
+def load_base_model(base):
+    """The causal language model BASE_MODEL in DTYPE on the device; from safetensors only."""
+    how = dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, use_safetensors=True, revision=base.version)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(BASE_MODEL, output_loading_info=True, **how)
+        assert not loading["missing_keys"], f"it lacks weights: {sorted(loading['missing_keys'])[:3]}"
+        return model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing, torn or foreign file: a dozen types
-        stop(f"cannot load the model {name!r}", error)
-    missing = sorted(loading["missing_keys"])
-    require(not missing, f"the model {name!r} lacks weights: {', '.join(missing[:3])} ...")
-    return model
+        stop(f"cannot load the model {BASE_MODEL!r}", error)
 
 
 def peak_memory():
@@ -653,9 +571,9 @@ def peak_memory():
 # ----- Records: heft.json, written last into a stage's folder, says what made it: settings, data, parent
 def digest(content):
     """16 digits of the SHA-256 of a file (a Path), or of anything else as JSON."""
-    data = open(content, "rb") if isinstance(content, Path) else io.BytesIO(json.dumps(content).encode())
-    with data as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if isinstance(content, Path):
+        return hashlib.file_digest(content.open("rb"), "sha256").hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def save(path, content):
@@ -668,89 +586,71 @@ def save(path, content):
     temporary.replace(path)
 
 
-def check_record(record, settings, where):
-    """`record` (a dict, or a file of one) if these settings, data and weights made it, else a ValueError."""
+def check_record(file, settings, where=None):
+    """The record in `file` (None without one). ValueError: other settings, data or weights made it."""
+    if not file.exists():
+        return None
     try:
-        record = json.loads(record.read_text()) if isinstance(record, Path) else record
+        record = torch.load(file, "cpu") if file.suffix == ".pt" else json.loads(file.read_text())
         theirs = record["settings"] | {}
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{where} is no result of this program: move it away") from None
+        raise ValueError(f"{where or file} is no result of this program: move it away") from None
     other = [f"{k.lower()} {theirs.get(k)!r}, not {v!r}" for k, v in settings.items() if theirs.get(k) != v]
     if other:
         advice = "move it away, or choose another --output-dir, --results-dir or repository"
-        raise ValueError(f"{where} was made with {'; '.join(other)}: {advice}")
+        raise ValueError(f"{where or file} was made with {'; '.join(other)}: {advice}")
     return record
 
 
-def find(stage):
-    """Lock the stage's folder: of two runs at once the second waits. Check all that is there. Of a finished
-    stage, there or on the Hub, set `record` and `content`, the hash of its weights."""
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        stage.lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"waiting for another run that works in {stage.folder}")
-        stage.lock.acquire()
-    file, checkpoint, where = stage.folder / "heft.json", stage.folder / "checkpoint.pt", stage.folder
-    if file.exists():
-        stage.record = file
-        stage.settings["WEIGHTS"] = digest(stage.weights) if stage.weights.exists() else "missing"
-        checkpoint.unlink(missing_ok=True)  # it died just before it did so itself
-    elif stage.hub:  # which holds, of stage 1, the merged model in place of the adapter
-        stage.record, where, name = stage.hub, f"the Hub repository {stage.repo}", stage.weights.name
-        reft = stage.what == "reft"
-        stage.weights = Path(huggingface_hub.hf_hub_download(stage.repo, name)) if reft else None
-        stage.settings["WEIGHTS"] = digest(stage.weights) if reft else stage.hub["settings"]["WEIGHTS"]
-    elif checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        check_record(state, stage.settings, checkpoint)
-    if stage.record:
-        stage.record = check_record(stage.record, stage.settings, where)
-        stage.content = stage.settings["WEIGHTS"]
-        check_record(stage.hub or stage.record, stage.settings, f"the Hub repository {stage.repo}")
-        print(f"{stage.title.split(',')[0]} is finished in {where}")
+def finish(stage, record):
+    """Say in the stage's folder, where its weights are by now, that it is finished."""
+    stage.content = stage.settings["WEIGHTS"] = digest(stage.weights)
+    stage.record = record | {"settings": stage.settings}
+    save(stage.folder / "heft.json", json.dumps(stage.record))
+    (stage.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def take_up(settings, base, train_rows, questions):
-    """The run's parts and what earlier runs have left of them: (lora, reft, run).
-
-    A stage has epochs, name, folder, weights (a file) and content (their hash), settings (what decides them),
-    record (if it is finished), repo (on the Hub) and hub (the record there). Ends with 0 if all is done, with
-    2 if what is there was made by other settings, data or weights, or is something else's."""
-    versions = {"FORMAT": 2, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
-    lora = SimpleNamespace(what="lora", title="stage 1, LoRA", epochs=EPOCHS_LORA, chosen=HF_REPO_LORA)
-    reft = SimpleNamespace(what="reft", title="stage 2, LoReFT", epochs=EPOCHS_REFT, chosen=HF_REPO_REFIT)
-    run = SimpleNamespace(what="run", epochs=0, stages=[stage for stage in (lora, reft) if stage.epochs])
-    for part in (lora, reft, run):
-        part.name, deciding = identity(settings, part.what)
-        # Content counts, not spelling: the versions stand for what BASE_MODEL and DATASET name.
-        part.settings = {k: v for k, v in deciding.items() if k not in ("BASE_MODEL", "DATASET")} | versions
-        part.folder, part.content = Path(OUTPUT_DIR, part.name), "not trained yet" if part.epochs else None
-        part.lock = filelock.FileLock(part.folder / "lock")
-        part.record = part.result = part.hub = part.repo = None
+    """(lora, reft, run): what they are, and what earlier runs have left of them. Ends with 0 if all is done,
+    with 2 if what is there was made by other settings, data or weights, or is something else's."""
+    content = {"FORMAT": 2, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
+    lora = SimpleNamespace(title="stage 1, LoRA", epochs=EPOCHS_LORA, repo=HF_REPO_LORA, place="adapter")
+    reft = SimpleNamespace(title="stage 2, LoReFT", epochs=EPOCHS_REFT, repo=HF_REPO_REFIT, place="")
+    run = SimpleNamespace(stages=[stage for stage in (lora, reft) if stage.epochs])
+    for part, what in ((lora, "lora"), (reft, "reft"), (run, "run")):
+        part.name, part.settings = identity(settings, what)
+        part.settings |= content  # all that decides the part
+    for stage in (lora, reft):
+        stage.folder = Path(OUTPUT_DIR, stage.name)
+        stage.lock = filelock.FileLock(stage.folder / "lock")
+        stage.record = stage.hub = None  # of a finished stage, heft.json; the file of that on the Hub
+        stage.content = "not trained yet" if stage.epochs else None  # later the hash of its weights
+        name = re.sub(r"([-.])[-.]+", r"\1", f"heft-{stage.name}".replace("+", "_"))
+        stage.repo = stage.repo or (name if len(name) <= 96 else f"{name[:79].rstrip('-.')}-{digest(name)}")
     lora.weights = lora.folder / "adapter_model.safetensors"  # the names that PEFT and pyvene give
     reft.weights = reft.folder / f"intkey_layer_{REFT_LAYER}_comp_block_output_unit_pos_nunit_1#0.bin"
+    lora.config, reft.config = lora.folder / "adapter_config.json", reft.folder / "config.json"
     run.settings["VALIDATION_DATA"] = digest(questions)
     run.file = Path(RESULTS_DIR, RESULTS_FILE or f"{run.name}.json")
     try:
-        if run.file.exists():
-            run.result = check_record(run.file, run.settings, run.file)
+        run.result = check_record(run.file, run.settings)
         if PUSH_TO_HUB and run.stages:
             ask_hub(run.stages)
-        if run.result and not MERGED_DIR and not any(PUSH_TO_HUB and not stage.hub for stage in run.stages):
-            print(f"already done: {run.file}; move it away to evaluate again\n{result_line(run.result)}")
+        run.unpushed = [stage for stage in run.stages if PUSH_TO_HUB and not stage.hub]
+        if run.result and not run.unpushed and not MERGED_DIR:
+            print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
             sys.exit(0)
-        for folder in {OUTPUT_DIR, RESULTS_DIR, MERGED_DIR} - {""}:
+        for folder in filter(None, (OUTPUT_DIR, RESULTS_DIR, MERGED_DIR)):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that cannot be written is told now
         for stage in run.stages:
             reft.settings["STAGE_1"] = lora.content
             find(stage)
-        if run.file.exists():  # now, after a wait; it must be of the weights that will be pushed
-            weights = {"STAGE_1": lora.content, "STAGE_2": reft.content}
-            run.result = check_record(run.file, run.settings | weights, run.file)
-    except OSError as error:
-        stop(f"cannot read or write {error.filename or 'there'}: mend that, or choose another folder", error)
+        weights = {"STAGE_1": lora.content, "STAGE_2": reft.content}  # those that will be pushed
+        run.result = check_record(run.file, run.settings | weights)  # again: there may have been a wait
+    except (OSError, TransportError) as error:
+        where = getattr(error, "filename", None) or "there"
+        stop(f"cannot read or write {where}: mend that, or choose another folder", error)
     except ValueError as error:  # damaged, of other settings, or something else's
         stop(error)
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "nowhere")).resolve()
@@ -760,68 +660,87 @@ def take_up(settings, base, train_rows, questions):
     return lora, reft, run
 
 
+def find(stage):
+    """Lock the stage's folder and check what is there, or is brought there from the Hub."""
+    stage.folder.mkdir(exist_ok=True)
+    try:
+        stage.lock.acquire(timeout=0)
+    except filelock.Timeout:  # of two runs at once the second waits
+        print(f"waiting for another run that works in {stage.folder}")
+        stage.lock.acquire()
+    file, checkpoint, where = stage.folder / "heft.json", stage.folder / "checkpoint.pt", stage.folder
+    if stage.hub and not file.exists():
+        where = f"the Hub repository {stage.repo}"
+        for part in (stage.weights, stage.config):
+            shutil.copy(huggingface_hub.hf_hub_download(stage.repo, part.name, subfolder=stage.place), part)
+        check_record(stage.hub, stage.settings | {"WEIGHTS": digest(stage.weights)}, where)
+        save(file, stage.hub.read_text())
+    if file.exists():
+        checkpoint.unlink(missing_ok=True)  # it died just before it did so itself
+        stage.content = digest(stage.weights) if stage.weights.exists() else "missing"
+        stage.settings["WEIGHTS"] = stage.content
+        stage.record = check_record(file, stage.settings, where)
+        check_record(stage.hub or file, stage.settings, f"the Hub repository {stage.repo}")
+        print(f"{stage.title.split(',')[0]} is finished in {where}")
+    check_record(checkpoint, stage.settings)
+
+
 # ----- The Hub: asked at the start, so that mistakes are told; filled at the end, when everything is on disk
-def look_up(stage):
-    """Set the stage's `repo`, chosen or made from its name, and `hub`, the record there if there is one.
-    ValueError: a name that the Hub does not allow, or a repository of something else."""
-    name = stage.chosen or re.sub(r"([-.])[-.]+", r"\1", f"heft-{stage.name}".replace("+", "_"))
-    if not stage.chosen and len(name) > 96:  # the Hub's limit
-        name = f"{name[:79].rstrip('-.')}-{digest(name)}"
-    huggingface_hub.utils.validate_repo_id(name)
-    stage.repo = name if "/" in name else f"{HF_USER or huggingface_hub.whoami()['name']}/{name}"
-    with contextlib.suppress(RepositoryNotFoundError):
-        files, where = huggingface_hub.list_repo_files(stage.repo), f"the Hub repository {stage.repo}"
-        if "heft.json" in files:
-            file = Path(huggingface_hub.hf_hub_download(stage.repo, "heft.json"))
-            stage.hub = check_record(file, stage.settings, where)
-        elif set(files) - {".gitattributes"}:
-            raise ValueError(f"{where} holds something else: choose another, or empty it")
-
-
 def ask_hub(stages):
-    """Look the stages up and create their repositories. A Hub that is down keeps no GPU waiting."""
+    """Look the stages up at the start. A Hub that is down keeps no GPU waiting."""
     advice = "set HF_TOKEN to a token that may write there, or give --no-push-to-hub"
     require(huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
     try:
-        for stage in stages:
-            look_up(stage)
-        if len({stage.repo for stage in stages}) < len(stages):
-            raise ValueError(f"{stage.repo} cannot hold both stages: choose another --hf-repo-refit")
-        for stage in [stage for stage in stages if not stage.hub]:
-            huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
-            huggingface_hub.auth_check(stage.repo, write=True)
-    except ValueError:
-        raise
-    except Exception as error:
-        if http_status(error) in (400, 401, 403):
-            stop(f"the Hub refuses {stage.repo or 'the token'} ({first_line(error)}): {advice}")
+        look_up(stages)
+    except (OSError, TransportError) as error:
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403)
+        repos = " or ".join(stage.repo for stage in stages)
+        require(not refused, f"the Hub refuses {repos} ({first_line(error)}): {advice}")
         print(f"the Hub does not answer now ({first_line(error)}); it is asked again at the end")
+
+
+def look_up(stages):
+    """Set `hub` of the stages that are there; see that the others can be pushed. ValueError: a mistake."""
+    for stage in stages:
+        huggingface_hub.utils.validate_repo_id(stage.repo)
+        if "/" not in stage.repo:
+            stage.repo = f"{HF_USER or huggingface_hub.whoami()['name']}/{stage.repo}"
+        with contextlib.suppress(RepositoryNotFoundError):
+            files, where = huggingface_hub.list_repo_files(stage.repo), f"the Hub repository {stage.repo}"
+            if "heft.json" in files:
+                stage.hub = Path(huggingface_hub.hf_hub_download(stage.repo, "heft.json"))
+                check_record(stage.hub, stage.settings, where)
+            elif set(files) - {".gitattributes"}:
+                raise ValueError(f"{where} holds something else: choose another, or empty it")
+    if len({stage.repo for stage in stages}) < len(stages):
+        raise ValueError(f"{stages[0].repo} cannot hold both stages: choose another --hf-repo-refit")
+    for stage in [stage for stage in stages if not stage.hub]:
+        huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
+        huggingface_hub.auth_check(stage.repo, write=True)
 
 
 def push_what_is_missing(model, base, lora, reft, run):
     """Upload what the Hub lacks, each repository in one commit. Returns what failed, as phrases."""
     failed = []
-    for stage in [stage for stage in run.stages if PUSH_TO_HUB and not stage.hub]:
+    for stage in run.unpushed:
         what = "the merged model" if stage is lora else "the LoReFT intervention"
         try:
-            for part in [part for part in run.stages if part is stage or not part.repo]:
-                look_up(part)  # another run may have been here since the start; the card names both
+            look_up(run.stages)  # another run may have been here since the start; the card names both
             if stage.hub:
                 continue
             print(f"pushing {what} to {stage.repo}")
             # Not in OUTPUT_DIR, which a cluster sends about: base and adapter give the model back in seconds.
             with tempfile.TemporaryDirectory(prefix=".merged-", dir=".") as folder:
+                Path(folder, stage.place).mkdir(exist_ok=True)
+                for file in (stage.weights, stage.config):
+                    shutil.copy(file, Path(folder, stage.place))
                 if stage is lora:
                     write_merged(model, base, folder)
-                else:
-                    shutil.copy(stage.weights, folder)
-                    shutil.copy(stage.folder / "config.json", folder)
                 save(Path(folder, "heft.json"), json.dumps(stage.record, indent=1))
-                save(Path(folder, "README.md"), model_card(stage, what, lora.repo, reft.repo, run))
-                huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
+                save(Path(folder, "README.md"), model_card(stage, what, lora, reft, run))
                 huggingface_hub.upload_folder(repo_id=stage.repo, folder_path=folder, commit_message="HEFT")
         except Exception as error:  # whatever the Hub does, the run is done
-            failed.append(f"{what} to {stage.repo or 'the Hub'} ({first_line(error)})")
+            failed.append(f"{what} to {stage.repo} ({first_line(error)})")
     return failed
 
 
@@ -829,31 +748,31 @@ def write_merged(model, base, folder):
     """The merged model in `folder`, with the base model's own tokenizer files as they are."""
     model.save_pretrained(folder)
     names = "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt chat_template*".split()
-    for path in {path for name in names for path in base.folder.glob(name)}:
+    for path in [path for name in names for path in base.folder.glob(name)]:
         shutil.copy(path, folder)
 
 
-def model_card(stage, what, merged, intervention, run):
+def model_card(stage, what, lora, reft, run):
     """The README of a pushed repository: `what` it holds, and how to ask the run's model a question."""
     base, data = (Path(x).resolve().name if os.path.isdir(x) else x for x in (BASE_MODEL, DATASET))
     prompt = BOOLQ_PROMPT_TMPL % ("Ice is frozen water, and floats.", "is ice made of water")
-    generate = "output = model.generate(**inputs, **options)"
-    if intervention:
+    merged, generate = lora.repo if lora.epochs else base, "output = model.generate(**inputs, **options)"
+    if reft.epochs:
         generate = f"""import pyreft
-reft_model = pyreft.ReftModel.load("{intervention}", model, from_huggingface_hub=True)
-place = dict(unit_locations={{"base": length - 1}}, intervene_on_prompt=True)
-_, output = reft_model.generate(inputs, **place, **options)"""
+reft_model = pyreft.ReftModel.load("{reft.repo}", model, from_huggingface_hub=True)
+options |= dict(unit_locations={{"base": length - 1}}, intervene_on_prompt=True)
+_, output = reft_model.generate(inputs, **options)"""
     return f"""---
 base_model: {base}
 datasets: [{data}]
 license: {"llama2" if "llama-2" in base.lower() else "other"}
 ---
 This is {what} of the run {run.name}, made from {base} by the reference reproduction of
-HEFT (arXiv 2509.09801): {result_line(run.result)}.
+HEFT (arXiv 2509.09801): {SUMMARY.format(**run.result)}.
 ```python
 import torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained("{merged or base}", dtype=torch.bfloat16)
-tokenizer = transformers.AutoTokenizer.from_pretrained("{merged or base}")
+model = transformers.AutoModelForCausalLM.from_pretrained("{merged}", dtype=torch.bfloat16)
+tokenizer = transformers.AutoTokenizer.from_pretrained("{merged}")
 prompt = \"\"\"{prompt}\"\"\"
 inputs = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
 length = inputs["input_ids"].shape[1]
@@ -866,26 +785,57 @@ LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserve
 """
 
 
-# ----- The last screen
-def result_line(result):
-    """The accuracy with its interval in one line."""
-    low, high = result["confidence_interval_95"]
-    of = f"{result['correct_predictions']:,} of {result['num_validation_samples']:,} correct"
-    unknown = f"{result['unknown_answers']} unknown"
-    return f"accuracy {result['accuracy']} (95 % interval {low:.2f} to {high:.2f}), {of}, {unknown}"
+# ----- The result and the last screen
+SUMMARY = (  # of a result, in one line
+    "accuracy {accuracy} (95 % interval {confidence_interval_95[0]:.2f} to {confidence_interval_95[1]:.2f}), "
+    "{correct_predictions:,} of {num_validation_samples:,} correct, {unknown_answers} unknown"
+)
 
 
-def last_screen(run, lora, reft):
-    """What was done, how well, how long it took, and where it lies."""
-    trained = " + ".join(f"{n} {s.epochs} epochs" for n, s in (("LoRA", lora), ("LoReFT", reft)) if s.epochs)
+def write_result(settings, run, lora, reft, questions, texts, seconds):
+    """Write the result and the predictions of the run. Returns the result, the paper's five keys first."""
+    rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
+    rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
+    n, correct = len(rows), sum(row["prediction"] == row["answer"] for row in rows)
+    records = {"lora": lora.record or {}, "reft": reft.record or {}}
+    seconds = {name: record.get("seconds", 0.0) for name, record in records.items()} | {"evaluation": seconds}
+    commit = os.popen(f"git -C {shlex.quote(str(HERE))} describe --always --dirty 2>/dev/null").read().strip()
+    packages = "torch transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
+    result = {
+        "lora_epochs": EPOCHS_LORA,
+        "reft_epochs": EPOCHS_REFT,
+        "num_validation_samples": n,
+        "correct_predictions": correct,
+        "accuracy": f"{100 * correct / n:.2f}%",
+        "confidence_interval_95": [100 * end for end in binomtest(correct, n).proportion_ci(method="wilson")],
+        "unknown_answers": sum(row["prediction"] == "Unknown" for row in rows),
+        "settings": settings | run.settings | {"STAGE_1": lora.content, "STAGE_2": reft.content},
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "device": DEVICE_NAME,
+        "peak_memory_gb": max(peak_memory(), *(r.get("peak_memory_gb", 0) for r in records.values())),
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+        "commit": commit or None,  # a cluster job has none
+        "script_sha256": hashlib.sha256(SCRIPT.encode()).hexdigest(),
+        "loss": {name: record.get("loss", []) for name, record in records.items()},
+    }
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    save(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
+    save(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
+    return result
+
+
+def last_screen(run, unpushed):
+    """What was done, how well, how long it took, and where it lies; ends with 1 if a push has failed."""
+    trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in run.result["seconds"].items())
-    files = [run.file, run.file.with_suffix(".predictions.jsonl")]
-    files += [stage.weights.parent for stage in run.stages if stage.weights]
-    print(f"\n{run.name}: {trained or 'the base model, untrained'}\n{result_line(run.result)}")
+    files = [run.file, run.file.with_suffix(".predictions.jsonl"), *(stage.folder for stage in run.stages)]
+    print(f"\n{run.name}: {trained or 'the base model, untrained'}\n{SUMMARY.format(**run.result)}")
     if run.name in PAPER_ACCURACY and not SMOKE:
         print(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
     print(f"seconds  {seconds}; peak memory {run.result['peak_memory_gb']:.1f} GB")
     print(f"files    {', '.join(map(str, files))}")
+    later = f"all is on disk, and this pushes it later: {shlex.join(['python', *sys.argv])}"
+    require(not unpushed, f"not pushed: {'; '.join(unpushed)}; {later}", 1)
 
 
 if __name__ == "__main__":

@@ -122,10 +122,10 @@ def weights(config):
     return body, config.vocab_size * config.hidden_size
 
 
-def operations(procedure, config, layer, epochs, lora, reft, start, prompts):
+def operations(procedure, config, layer, epochs, lora, reft, prompts):
     """Operations of each stage, in the "paper" procedure or in "heft".
 
-    layer: the block of the intervention; epochs: (LoRA's, LoReFT's); lora, reft, start: what
+    layer: the block of the intervention; epochs: (LoRA's, LoReFT's); lora, reft: what
     heft.training_examples returns; prompts: the lengths of the questions in tokens."""
     paper = procedure == "paper"
     body, head = weights(config)
@@ -146,8 +146,10 @@ def operations(procedure, config, layer, epochs, lora, reft, start, prompts):
             lengths = [len(example["prefix_mask"]) + len(example["input_ids"]) for example in step]
             tokens += sum(len(e) * max(e) for e in (lengths[i : i + 8] for i in range(0, len(lengths), 8)))
     else:
+        start = len(os.path.commonprefix([example["prefix"][:-1] for example in reft]))
+        reft = [example | {"prefix": example["prefix"][start:]} for example in reft]
         groups = [group for step in steps(reft, epochs[1]) for group in heft.collate(step)]
-        before = len(start) * bool(groups) + sum(group["prefix"].numel() for group in groups)
+        before = start * bool(groups) + sum(group["prefix"].numel() for group in groups)
         tokens = sum(group["input_ids"].numel() for group in groups)
     found["reft"] = 2 * body * before + (forward + backward) * tokens
 

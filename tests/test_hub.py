@@ -78,6 +78,12 @@ def filled(given, tmp_path_factory):
     hub.close()
 
 
+def download(hub, repo, folder):
+    for name, data in hub.files[repo].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
 def test_what_is_pushed(filled):
     hub, folder = filled
     assert set(hub.files) == {LORA, REFT} and hub.private == {LORA: True, REFT: True}
@@ -88,6 +94,8 @@ def test_what_is_pushed(filled):
         "tokenizer_config.json",
         "heft.json",
         "README.md",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
     } <= hub.files[LORA].keys()
     assert {"config.json", "heft.json", "README.md"} < hub.files[REFT].keys() and any(
         name.startswith("intkey_") for name in hub.files[REFT]
@@ -118,8 +126,7 @@ def test_the_pushed_model_is_base_plus_adapter(filled, given, tmp_path):
     from peft import PeftModel
 
     hub, folder = filled
-    for name, data in hub.files[LORA].items():
-        (tmp_path / name).write_bytes(data)
+    download(hub, LORA, tmp_path)
     pushed, tokenizer = load(tmp_path)
     base, base_tokenizer = load(given / "model")
     merged = PeftModel.from_pretrained(
@@ -163,9 +170,7 @@ def answer_of_the_pushed_model(hub, folder):
     """What the snippet should print, computed without generate() and without pyvene: greedy, the edit by
     hand."""
     for repo in (LORA, REFT):
-        (folder / repo).mkdir(parents=True)
-        for name, data in hub.files[repo].items():
-            (folder / repo / name).write_bytes(data)
+        download(hub, repo, folder / repo)
     model = AutoModelForCausalLM.from_pretrained(folder / LORA, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder / LORA)
     state = torch.load(next((folder / REFT).glob("intkey_*.bin")))
@@ -270,13 +275,29 @@ def test_a_second_run_finds_stage_1_on_the_hub(filled, given, tmp_path):
     status, out, err = run(hub, tmp_path, given)
     assert status == 0 and f"stage 1 is finished in the Hub repository {LORA}" in out, out + err
     assert "stage 2 is finished" in out, "the intervention on the Hub is the one that is evaluated"
-    assert not list((tmp_path / "output").glob("*/adapter_config.json"))
+    assert "trainable parameters" not in out
     first, second = read_result(folder), read_result(tmp_path)
     assert (
         first[1] == second[1]
         and first[0]["loss"] == second[0]["loss"]
         and first[0]["accuracy"] == second[0]["accuracy"]
     )
+
+
+@pytest.mark.parametrize("repo, name", [(LORA, "adapter/adapter_model.safetensors"), (REFT, "intkey")])
+def test_weights_on_the_hub_that_are_not_those_of_their_record_are_refused(
+    filled, given, tmp_path, repo, name
+):
+    hub, _ = filled
+    (name,) = [file for file in hub.files[repo] if file.startswith(name)]
+    data = hub.files[repo][name]
+    hub.files[repo][name] = data + b"0"
+    try:
+        status, out, err = run(hub, tmp_path, given)
+    finally:
+        hub.files[repo][name] = data
+    assert status == 2 and repo in err and "weights" in err and err.count("\n") == 1, (out, err)
+    assert "trainable parameters" not in out
 
 
 def test_other_settings_refuse_to_reuse_it(filled, given, tmp_path):

@@ -66,7 +66,7 @@ BREAKS = {
     "adapter not merged": ("        model = model.merge_and_unload()", "        model = model.unload()"),
     "stage 2 on the base model": (
         "    reft_model = stage_2_loreft(model,",
-        "    reft_model = stage_2_loreft(load_model(BASE_MODEL),",
+        "    reft_model = stage_2_loreft(load_base_model(base),",
     ),
 }
 
