@@ -2,14 +2,14 @@
 
 The reference reproduction of "HEFT: A Coarse-to-Fine Hierarchy for Enhancing the Efficiency and Accuracy of
 Language Model Reasoning" (arXiv 2509.09801). The same command continues a run that was stopped.
-Exit status: 0 done, 2 a mistake said in one line, 85 stopped by SIGTERM, else a failure.
+Exit status: 0 done; 2 a mistake, said in one line; 85 stopped by SIGTERM; all others a failure.
 
     python heft_finetuning.py --smoke                            # tiny embedded model, CPU, offline
-    python heft_finetuning.py --no-push-to-hub                   # the paper's main run, 3 + 3 epochs
+    python heft_finetuning.py                                    # the paper's main run, 3 + 3 epochs
     python heft_finetuning.py --epochs-lora 20 --epochs-reft 0   # Table 1, LoRA-only
     python heft_finetuning.py --epochs-lora 0 --epochs-reft 20   # Table 1, ReFT-only
     python heft_finetuning.py --epochs-lora 20 --epochs-reft 20  # Table 1, the longest run
-    condor_submit heft.sub                                       # the same on a GPU cluster
+    condor_submit heft.sub                                       # the main run on a GPU cluster
 """
 
 # fmt: off
@@ -28,7 +28,7 @@ DTYPE = "bfloat16"         # of the model's weights: bfloat16 or float32
 LORA_RANK = 8              # rank of the update
 LORA_ALPHA = 32            # the update is scaled by alpha / rank
 LORA_DROPOUT = 0.05        # on the input of the update, 0 to below 1
-LORA_TARGETS = ""          # "": PEFT's default (q_proj, v_proj), as its code; all-linear: as its text; or a,b
+LORA_TARGETS = ""          # "": q_proj and v_proj, as the paper's code; all-linear, as its text; or names a,b
 LEARNING_RATE_LORA = 2e-4  # at the first step; falls linearly to 0
 # Stage 2, LoReFT
 REFT_LAYER = 15            # the block, counted from 0, whose output is edited
@@ -36,12 +36,12 @@ REFT_RANK = 4              # dimension of the edited subspace
 LEARNING_RATE_REFT = 2e-4  # at the first step; falls linearly to 0
 # Both stages
 EXAMPLES_PER_STEP = 32     # examples per optimizer step
-MAX_LENGTH = 2048          # tokens; what is longer is cut in training
+MAX_LENGTH = 2048          # tokens; a longer example is cut in stage 1, left out in stage 2
 TOKENS_PER_MICROBATCH = 2048  # memory knob (rows x longest row); changes rounding and the dropout masks drawn
 # Evaluation
 MAX_NEW_TOKENS = 5         # tokens generated per question, greedily
 # Output
-PUSH_TO_HUB = True         # upload the merged model and the LoReFT intervention
+PUSH_TO_HUB = True         # upload the merged model and the LoReFT intervention; take up what is there
 PRIVATE_REPOS = True       # Hub repositories made here are private
 HF_USER = ""               # owner of the repositories; "" is the token's owner
 HF_REPO_LORA = ""          # repository of the merged model; "" is heft-<name of stage 1>
@@ -81,6 +81,7 @@ if __name__ == "__main__":  # before the imports that take seconds: a job may be
     signal.signal(signal.SIGTERM, lambda *_: (os.write(2, words), sys.exit(85)))
     sys.stdout.reconfigure(line_buffering=True)  # a job's log shows how far it is
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost tenfold where cores are shared
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # its errors do not say whose, and it knows no timeout
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # micro-batches vary in shape
 warnings.simplefilter("ignore")
 
@@ -90,7 +91,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from httpx2 import TransportError
+from httpx2 import RequestError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import binomtest
@@ -121,7 +122,8 @@ def main():
     lora_examples, reft_examples = training_examples(tokenizer, train_rows)
     check_device(skeleton, max(len(row["tokens"]) for row in train_rows + questions))
 
-    # What earlier runs have left is taken up if the same settings, data and weights made it, else refused
+    # What earlier runs have left is taken up if the same settings, data and weights made it, else refused:
+    # a stage that is finished has a `record`, and its `content` is the hash of its weights
     lora, reft, run = take_up(settings, base, train_rows, questions)
     print(f"run {run.name} on {DEVICE_NAME}: {skeleton.num_parameters():,} parameters in {DTYPE}, ", end="")
     print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
@@ -135,7 +137,7 @@ def main():
     lora.lock.release()  # other runs may start from this stage 1 now
 
     # Stage 2, fine: LoReFT on the merged, frozen model, one edit of one hidden state per question [3.3]
-    reft.settings["STAGE_1"] = lora.content  # on other weights it would be another stage 2
+    reft.settings["STAGE_1"] = lora.content  # known by now; on other weights it is another stage 2
     reft_model = stage_2_loreft(model, reft, reft_examples) if EPOCHS_REFT else None
 
     # Evaluation: greedy answers to the validation questions [4]
@@ -144,9 +146,9 @@ def main():
         run.result = write_result(settings, run, lora, reft, questions, texts, seconds)
 
     # What is large comes last: all else is on disk by now
+    unpushed = push_what_is_missing(model, base, lora, reft, run)
     if MERGED_DIR:
         write_merged(model, base, MERGED_DIR)
-    unpushed = push_what_is_missing(model, base, lora, reft, run)
     last_screen(run, unpushed)
 
 
@@ -194,7 +196,7 @@ def training_examples(tokenizer, rows):
         lora_examples.append({"input_ids": tokens, "labels": labels})
         # Loss on the answer, in the paper's stage 2 without a space before it, and its end.
         tokens, n = tokenizer(f"{row['prompt']}{row['answer']}{end}")["input_ids"], len(row["tokens"])
-        assert tokens[:n] == row["tokens"], "the answer changes the tokens before it"
+        assert tokens[:n] == row["tokens"] or not EPOCHS_REFT, "the answer changes the tokens before it"
         prefix = {"prefix": tokens[: n - 1], "prefix_mask": [1] * (n - 1)}
         if len(tokens) <= MAX_LENGTH:  # a longer one, cut, would lose its answer
             reft_examples.append(prefix | {"input_ids": tokens[n - 1 :], "labels": [IGNORE, *tokens[n:]]})
@@ -281,7 +283,7 @@ def train(stage, module, forward, examples, peak_rate):
                 break
     signal.signal(signal.SIGTERM, exit_at_once)
     if stopping:
-        print(f"stopped by SIGTERM at step {len(losses)} of {steps}; the same command continues")
+        tqdm.write(f"stopped by SIGTERM at step {len(losses)} of {steps}; the same command continues")
         sys.exit(85)
     return {"loss": losses, "seconds": time.time() - started, "peak_memory_gb": peak_memory()}
 
@@ -289,7 +291,7 @@ def train(stage, module, forward, examples, peak_rate):
 # ----- Stage 1: LoRA (paper, section 3.2)
 def lora_config():
     """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
-    targets = {"": None, "all-linear": "all-linear"}.get(LORA_TARGETS, re.split(" *, *", LORA_TARGETS))
+    targets = {"": None, "all-linear": "all-linear"}.get(LORA_TARGETS, LORA_TARGETS.replace(",", " ").split())
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
@@ -297,7 +299,7 @@ def lora_config():
 def stage_1_lora(model, stage, examples):
     """`model` with the stage's adapter, which is read if the stage is finished, else trained."""
     if stage.record:
-        return PeftModel.from_pretrained(model, stage.folder)
+        return PeftModel.from_pretrained(model, stage.folder, config=lora_config())
     set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
     model = get_peft_model(model, lora_config()).train()
     record = train(stage, model, partial(model, use_cache=False), examples, LEARNING_RATE_LORA)
@@ -313,12 +315,13 @@ def stage_2_loreft(model, stage, examples):
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
-    rotation.base = rotation.base.contiguous()  # last bits depend on its layout: keep them
+    rotation.base = rotation.base.contiguous()  # its layout decides the last bits
     place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
     reft_model = get_reft_model(model, ReftConfig(representations=place | {"intervention": intervention}))
     if not stage.record:
         # The paper backpropagates through all prompt tokens. Those before the last are constant, the model is
-        # frozen: their keys and values need no gradient, those of the words that start all prompts come once.
+        # frozen: their keys and values need no gradient. The words that start all prompts are computed once,
+        # and leave the prefixes, none of which may become empty; prefix_mask still covers them.
         common = os.path.commonprefix([example["prefix"][:-1] for example in examples])
         examples = [example | {"prefix": example["prefix"][len(common) :]} for example in examples]
         start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
@@ -377,6 +380,7 @@ DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE_NAME
 HERE = Path(__file__).resolve().parent
 SCRIPT = Path(__file__).read_text()  # as it is now: a run takes hours, in which it may be edited
+COMMIT = os.popen(f"git -C {shlex.quote(str(HERE))} describe --always --dirty 2>/dev/null").read().strip()
 # fmt: off
 # The paper's value of each setting that changes the experiment; what differs becomes a part of the run's
 # name, in this order (a new one comes last: names must not change).
@@ -406,7 +410,7 @@ RULES = {
     "DTYPE": (str, re.compile("bfloat16|float32").fullmatch, "bfloat16 or float32"),
     "RESULTS_FILE": (str, re.compile(r"([^/]*\.json)?").fullmatch, "a name in .json, without a folder"),
     "BASE_MODEL|DATASET|OUTPUT_DIR|RESULTS_DIR": (str, str.strip, "a name, not empty"),
-    "": (str, str.isprintable, "one line"),
+    "": (str, lambda text: text.isprintable() and text != "None", 'one line, "" for none'),
 }
 # fmt: on
 
@@ -428,7 +432,7 @@ def read_settings(arguments):
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
     defaults = globals() | (SMOKE_VALUES if "--smoke" in arguments else {})
     for name in SETTINGS:
-        flag, value, words = "--" + name.lower().replace("_", "-"), defaults[name], meaning[name]
+        flag, value, words = "--" + name.lower().replace("_", "-"), defaults[name], meaning.get(name, "")
         if name in ("PUSH_TO_HUB", "PRIVATE_REPOS"):
             require(isinstance(value, bool), f"{flag} must be True or False, not {value!r}")
             how = {"action": argparse.BooleanOptionalAction, "default": value, "help": words}
@@ -462,7 +466,7 @@ def stop(message, cause=2):
     network or server failed, else 2, a mistake that the user can mend."""
     if isinstance(cause, Exception):
         message, causes = f"{message} ({first_line(cause)})", (cause, cause.__cause__)  # transformers wraps
-        no_answer = (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError, TransportError)
+        no_answer = (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError, RequestError)
         silent = any(isinstance(e, no_answer) for e in causes) and not huggingface_hub.is_offline_mode()
         codes = [e.response.status_code for e in causes if isinstance(e, HfHubHTTPError)]
         cause = 1 if silent or any(code == 429 or code >= 500 for code in codes) else 2
@@ -483,12 +487,11 @@ def first_line(error):
 
 def explain(kind, error, trace):
     """`sys.excepthook`: one line for what is no bug, a traceback for what is."""
-    folders = filter(os.path.isdir, (OUTPUT_DIR, RESULTS_DIR, "."))
+    folders = filter(os.path.isdir, (OUTPUT_DIR, RESULTS_DIR, MERGED_DIR, "."))
     full = min(shutil.disk_usage(folder).free for folder in folders) < 1e5  # not all writers give an errno
     full = full or getattr(error, "errno", 0) in (28, 122)  # no space, over the quota
-    require(kind is not KeyboardInterrupt, "interrupted; the same command continues", 130)
-    words = "the GPU's memory is full: the same command with fewer --tokens-per-microbatch continues"
-    require(kind is not torch.OutOfMemoryError, words, 1)
+    require(kind is not KeyboardInterrupt, "interrupted; the same command continues from its checkpoint", 130)
+    require(kind is not torch.OutOfMemoryError, "GPU memory is full: take fewer --tokens-per-microbatch", 1)
     require(not full, "the disk is full: make room, then the same command continues from its checkpoint", 1)
     sys.__excepthook__(kind, error, trace)
 
@@ -509,7 +512,7 @@ def look_at_base_model():
         if EPOCHS_LORA:
             skeleton = get_peft_model(skeleton, lora_config())
             for target in skeleton.peft_config["default"].target_modules:  # PEFT minds only if none is found
-                found = any(name.endswith(target) for name in skeleton.targeted_module_names)
+                found = any(f".{name}".endswith(f".{target}") for name in skeleton.targeted_module_names)
                 assert found, f"no layer is called {target}"
     except Exception as error:  # gated, missing, torn or foreign: a dozen types
         advice = "give --base-model a Hub name or a folder, --lora-targets names of its layers"
@@ -532,7 +535,8 @@ def check_device(skeleton, longest):
     config, size = skeleton.config, skeleton.dtype.itemsize
     weights, shape = skeleton.num_parameters() * size, size * config.num_hidden_layers * config.hidden_size
     # Bytes beside the weights for each of TOKENS_PER_MICROBATCH, fitted to a simulation of the 7B shape
-    each = shape * (8 if not EPOCHS_LORA else 39 if LORA_TARGETS else 21) + 14 * config.vocab_size
+    adapted = len(skeleton.peft_config["default"].target_modules) if EPOCHS_LORA else 0
+    each = shape * (8 if not adapted else 21 if adapted < 3 else 39) + 14 * config.vocab_size
     needs = f"{BASE_MODEL!r} has {weights / 1e9:.1f} GB of weights"
     if DEVICE == "cuda":
         able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
@@ -554,12 +558,13 @@ def load_base_model(base):
     how = dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, use_safetensors=True, revision=base.version)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(BASE_MODEL, output_loading_info=True, **how)
-        assert not loading["missing_keys"], f"it lacks weights: {sorted(loading['missing_keys'])[:3]}"
-        return model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing, torn or foreign file: a dozen types
         stop(f"cannot load the model {BASE_MODEL!r}", error)
+    missing = sorted(loading["missing_keys"])
+    require(not missing, f"the model {BASE_MODEL!r} lacks weights: {', '.join(missing[:3])} ...")
+    return model
 
 
 def peak_memory():
@@ -593,7 +598,7 @@ def check_record(file, settings, where=None):
     try:
         record = torch.load(file, "cpu") if file.suffix == ".pt" else json.loads(file.read_text())
         theirs = record["settings"] | {}
-    except (ValueError, TypeError, KeyError):
+    except Exception:  # damaged or foreign: a dozen types
         raise ValueError(f"{where or file} is no result of this program: move it away") from None
     other = [f"{k.lower()} {theirs.get(k)!r}, not {v!r}" for k, v in settings.items() if theirs.get(k) != v]
     if other:
@@ -613,13 +618,13 @@ def finish(stage, record):
 def take_up(settings, base, train_rows, questions):
     """(lora, reft, run): what they are, and what earlier runs have left of them. Ends with 0 if all is done,
     with 2 if what is there was made by other settings, data or weights, or is something else's."""
-    content = {"FORMAT": 2, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
+    made_from = {"FORMAT": 2, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
     lora = SimpleNamespace(title="stage 1, LoRA", epochs=EPOCHS_LORA, repo=HF_REPO_LORA, place="adapter")
     reft = SimpleNamespace(title="stage 2, LoReFT", epochs=EPOCHS_REFT, repo=HF_REPO_REFIT, place="")
     run = SimpleNamespace(stages=[stage for stage in (lora, reft) if stage.epochs])
     for part, what in ((lora, "lora"), (reft, "reft"), (run, "run")):
         part.name, part.settings = identity(settings, what)
-        part.settings |= content  # all that decides the part
+        part.settings |= made_from  # all that decides the part
     for stage in (lora, reft):
         stage.folder = Path(OUTPUT_DIR, stage.name)
         stage.lock = filelock.FileLock(stage.folder / "lock")
@@ -636,32 +641,36 @@ def take_up(settings, base, train_rows, questions):
         run.result = check_record(run.file, run.settings)
         if PUSH_TO_HUB and run.stages:
             ask_hub(run.stages)
+        there = {f"STAGE_{i}": stage.content for i, stage in enumerate((lora, reft), 1) if stage.hub}
+        run.result = check_record(run.file, run.settings | there)
         run.unpushed = [stage for stage in run.stages if PUSH_TO_HUB and not stage.hub]
         if run.result and not run.unpushed and not MERGED_DIR:
             print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
             sys.exit(0)
+        same = MERGED_DIR and Path(MERGED_DIR).resolve() == base.folder.resolve()
+        require(not same, "--merged-dir is the folder of the base model, which it would overwrite")
         for folder in filter(None, (OUTPUT_DIR, RESULTS_DIR, MERGED_DIR)):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # a folder that cannot be written is told now
         for stage in run.stages:
             reft.settings["STAGE_1"] = lora.content
-            find(stage)
+            lock_and_check(stage)
         weights = {"STAGE_1": lora.content, "STAGE_2": reft.content}  # those that will be pushed
         run.result = check_record(run.file, run.settings | weights)  # again: there may have been a wait
-    except (OSError, TransportError) as error:
-        where = getattr(error, "filename", None) or "there"
-        stop(f"cannot read or write {where}: mend that, or choose another folder", error)
+    except (OSError, RequestError) as error:
+        where = getattr(error, "filename", None) or " or ".join(stage.repo for stage in run.stages)
+        stop(f"cannot read or write {where}: mend that, or choose another folder or repository", error)
     except ValueError as error:  # damaged, of other settings, or something else's
         stop(error)
     sandbox = Path(os.environ.get("_CONDOR_SCRATCH_DIR", "nowhere")).resolve()
-    for path in Path(OUTPUT_DIR).resolve().glob("*/checkpoint.pt"):  # at home there may be a later one
+    for path in Path(OUTPUT_DIR).resolve().glob("*/checkpoint.pt"):  # it would overwrite a later one at home
         if path.is_relative_to(sandbox) and path.parent.name not in (lora.name, reft.name):
             path.unlink()
     return lora, reft, run
 
 
-def find(stage):
-    """Lock the stage's folder and check what is there, or is brought there from the Hub."""
+def lock_and_check(stage):
+    """Lock the stage's folder. Check what is there or, of a finished stage, is brought there from the Hub."""
     stage.folder.mkdir(exist_ok=True)
     try:
         stage.lock.acquire(timeout=0)
@@ -669,20 +678,19 @@ def find(stage):
         print(f"waiting for another run that works in {stage.folder}")
         stage.lock.acquire()
     file, checkpoint, where = stage.folder / "heft.json", stage.folder / "checkpoint.pt", stage.folder
+    check_record(checkpoint, stage.settings)
     if stage.hub and not file.exists():
         where = f"the Hub repository {stage.repo}"
         for part in (stage.weights, stage.config):
             shutil.copy(huggingface_hub.hf_hub_download(stage.repo, part.name, subfolder=stage.place), part)
-        check_record(stage.hub, stage.settings | {"WEIGHTS": digest(stage.weights)}, where)
-        save(file, stage.hub.read_text())
-    if file.exists():
-        checkpoint.unlink(missing_ok=True)  # it died just before it did so itself
+    if stage.hub or file.exists():
         stage.content = digest(stage.weights) if stage.weights.exists() else "missing"
         stage.settings["WEIGHTS"] = stage.content
-        stage.record = check_record(file, stage.settings, where)
+        stage.record = check_record(file if where is stage.folder else stage.hub, stage.settings, where)
         check_record(stage.hub or file, stage.settings, f"the Hub repository {stage.repo}")
+        save(file, json.dumps(stage.record))
+        checkpoint.unlink(missing_ok=True)
         print(f"{stage.title.split(',')[0]} is finished in {where}")
-    check_record(checkpoint, stage.settings)
 
 
 # ----- The Hub: asked at the start, so that mistakes are told; filled at the end, when everything is on disk
@@ -692,9 +700,9 @@ def ask_hub(stages):
     require(huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
     try:
         look_up(stages)
-    except (OSError, TransportError) as error:
+    except (OSError, RequestError, LookupError, RuntimeError) as error:
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403)
-        repos = " or ".join(stage.repo for stage in stages)
+        repos = " or ".join(stage.repo for stage in stages if not stage.hub)
         require(not refused, f"the Hub refuses {repos} ({first_line(error)}): {advice}")
         print(f"the Hub does not answer now ({first_line(error)}); it is asked again at the end")
 
@@ -709,7 +717,7 @@ def look_up(stages):
             files, where = huggingface_hub.list_repo_files(stage.repo), f"the Hub repository {stage.repo}"
             if "heft.json" in files:
                 stage.hub = Path(huggingface_hub.hf_hub_download(stage.repo, "heft.json"))
-                check_record(stage.hub, stage.settings, where)
+                stage.content = check_record(stage.hub, stage.settings, where)["settings"]["WEIGHTS"]
             elif set(files) - {".gitattributes"}:
                 raise ValueError(f"{where} holds something else: choose another, or empty it")
     if len({stage.repo for stage in stages}) < len(stages):
@@ -731,6 +739,7 @@ def push_what_is_missing(model, base, lora, reft, run):
             print(f"pushing {what} to {stage.repo}")
             # Not in OUTPUT_DIR, which a cluster sends about: base and adapter give the model back in seconds.
             with tempfile.TemporaryDirectory(prefix=".merged-", dir=".") as folder:
+                assert digest(stage.weights) == stage.content, f"{stage.weights} has changed"
                 Path(folder, stage.place).mkdir(exist_ok=True)
                 for file in (stage.weights, stage.config):
                     shutil.copy(file, Path(folder, stage.place))
@@ -799,7 +808,6 @@ def write_result(settings, run, lora, reft, questions, texts, seconds):
     n, correct = len(rows), sum(row["prediction"] == row["answer"] for row in rows)
     records = {"lora": lora.record or {}, "reft": reft.record or {}}
     seconds = {name: record.get("seconds", 0.0) for name, record in records.items()} | {"evaluation": seconds}
-    commit = os.popen(f"git -C {shlex.quote(str(HERE))} describe --always --dirty 2>/dev/null").read().strip()
     packages = "torch transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
     result = {
         "lora_epochs": EPOCHS_LORA,
@@ -814,7 +822,7 @@ def write_result(settings, run, lora, reft, questions, texts, seconds):
         "device": DEVICE_NAME,
         "peak_memory_gb": max(peak_memory(), *(r.get("peak_memory_gb", 0) for r in records.values())),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-        "commit": commit or None,  # a cluster job has none
+        "commit": COMMIT or None,  # a cluster job has none
         "script_sha256": hashlib.sha256(SCRIPT.encode()).hexdigest(),
         "loss": {name: record.get("loss", []) for name, record in records.items()},
     }

@@ -270,6 +270,19 @@ def test_stages_that_others_pushed_in_the_meantime_are_not_overwritten(hub, give
     assert status == 2 and "weights" in err and hub.files[LORA] == before, err
 
 
+def test_a_result_of_other_weights_than_the_hubs_is_not_called_done(hub, given, tmp_path):
+    """As when two machines have trained the same, and one has pushed."""
+    for flags in ([], ["--no-push-to-hub"]):
+        status, out, err = run(hub, tmp_path / f"{len(flags)}", given, *flags)
+        assert status == 0, out + err
+    (file,) = (tmp_path / "1/results").glob("*.json")
+    result = json.loads(file.read_text())
+    result["settings"]["STAGE_2"] = "other"
+    file.write_text(json.dumps(result))
+    status, out, err = run(hub, tmp_path / "1", given)
+    assert status == 2 and "stage_2 'other'" in err and "already done" not in out, out + err
+
+
 def test_a_second_run_finds_stage_1_on_the_hub(filled, given, tmp_path):
     hub, folder = filled
     status, out, err = run(hub, tmp_path, given)

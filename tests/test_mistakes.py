@@ -52,6 +52,15 @@ def other_version(place):
     )
 
 
+def torn_checkpoint(place):
+    import heft_finetuning as heft
+
+    settings = heft.read_settings([*tiny_settings(place / "given"), "--epochs-lora", "1"])
+    folder = place / "work/output" / heft.identity(settings, "lora")[0]
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"PK torn")
+
+
 # what is wrong: flags; how the given files are spoilt; what the line must say
 MISTAKES = {
     "unknown flag": (["--epoch-lora", "3"], None, "--epoch-lora"),
@@ -161,6 +170,8 @@ MISTAKES = {
         lambda p: (p / "work/file").write_text("x"),
         "cannot read or write file/x:",
     ),
+    "merged into the base model": (["--merged-dir", "../given/model"], None, "which it would overwrite"),
+    "torn checkpoint": ([], torn_checkpoint, "checkpoint.pt is no result of this program: move it away"),
     "results file with a folder": (["--results-file", "../x.json"], None, "--results-file"),
     "result of other settings": (["--results-file", "mine.json"], result_of_another, "epochs_lora 20, not 1"),
     "foreign result": (
@@ -241,6 +252,7 @@ def test_mistake(place, name):
         ("REFT_RANK = 4 ", "REFT_RANK = 0 "),
         ("EPOCHS_REFT = 3 ", "EPOCHS_REFT = 2.5 "),
         ("PUSH_TO_HUB = True ", 'PUSH_TO_HUB = "no" '),
+        ('MERGED_DIR = "" ', "MERGED_DIR = None "),
     ],
 )
 def test_a_wrong_constant_is_told_as_its_flag(tmp_path, line, wrong):
