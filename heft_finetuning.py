@@ -709,15 +709,16 @@ def ask_hub(stages):
 
 def look_up(stages):
     """Set `hub` of the stages that are there; see that the others can be pushed. ValueError: a mistake."""
-    for stage in stages:
+    for stage in [stage for stage in stages if not stage.hub]:
         huggingface_hub.utils.validate_repo_id(stage.repo)
         if "/" not in stage.repo:
             stage.repo = f"{HF_USER or huggingface_hub.whoami()['name']}/{stage.repo}"
         with contextlib.suppress(RepositoryNotFoundError):
             files, where = huggingface_hub.list_repo_files(stage.repo), f"the Hub repository {stage.repo}"
             if "heft.json" in files:
-                stage.hub = Path(huggingface_hub.hf_hub_download(stage.repo, "heft.json"))
-                stage.content = check_record(stage.hub, stage.settings, where)["settings"]["WEIGHTS"]
+                file = Path(huggingface_hub.hf_hub_download(stage.repo, "heft.json"))
+                stage.content = check_record(file, stage.settings, where)["settings"]["WEIGHTS"]
+                stage.hub = file
             elif set(files) - {".gitattributes"}:
                 raise ValueError(f"{where} holds something else: choose another, or empty it")
     if len({stage.repo for stage in stages}) < len(stages):
@@ -748,6 +749,7 @@ def push_what_is_missing(model, base, lora, reft, run):
                 save(Path(folder, "heft.json"), json.dumps(stage.record, indent=1))
                 save(Path(folder, "README.md"), model_card(stage, what, lora, reft, run))
                 huggingface_hub.upload_folder(repo_id=stage.repo, folder_path=folder, commit_message="HEFT")
+            stage.hub = stage.folder / "heft.json"
         except Exception as error:  # whatever the Hub does, the run is done
             failed.append(f"{what} to {stage.repo} ({first_line(error)})")
     return failed
@@ -849,3 +851,4 @@ def last_screen(run, unpushed):
 if __name__ == "__main__":
     sys.excepthook = explain
     main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done, but Python takes a second to leave
