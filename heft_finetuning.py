@@ -196,7 +196,8 @@ def training_examples(tokenizer, rows):
         lora_examples.append({"input_ids": tokens, "labels": labels})
         # Loss on the answer, in the paper's stage 2 without a space before it, and its end.
         tokens, n = tokenizer(f"{row['prompt']}{row['answer']}{end}")["input_ids"], len(row["tokens"])
-        assert tokens[:n] == row["tokens"] or not EPOCHS_REFT, "the answer changes the tokens before it"
+        apart = tokens[:n] == row["tokens"] or not EPOCHS_REFT
+        require(apart, f"the tokenizer of {BASE_MODEL!r} joins prompt and answer: give --epochs-reft 0")
         prefix = {"prefix": tokens[: n - 1], "prefix_mask": [1] * (n - 1)}
         if len(tokens) <= MAX_LENGTH:  # a longer one, cut, would lose its answer
             reft_examples.append(prefix | {"input_ids": tokens[n - 1 :], "labels": [IGNORE, *tokens[n:]]})
@@ -315,7 +316,7 @@ def stage_2_loreft(model, stage, examples):
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
-    rotation.base = rotation.base.contiguous()  # its layout decides the last bits
+    rotation.base = rotation.base.contiguous()  # the last bits of stored runs depend on this layout
     place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
     reft_model = get_reft_model(model, ReftConfig(representations=place | {"intervention": intervention}))
     if not stage.record:
@@ -641,6 +642,7 @@ def take_up(settings, base, train_rows, questions):
         run.result = check_record(run.file, run.settings)
         if PUSH_TO_HUB and run.stages:
             ask_hub(run.stages)
+        # Nor is a result done whose weights are not those on the Hub.
         there = {f"STAGE_{i}": stage.content for i, stage in enumerate((lora, reft), 1) if stage.hub}
         run.result = check_record(run.file, run.settings | there)
         run.unpushed = [stage for stage in run.stages if PUSH_TO_HUB and not stage.hub]

@@ -212,6 +212,19 @@ def test_prediction_is_the_papers_rule(text, answer):
     assert heft.predict(text) == answer
 
 
+def test_a_tokenizer_that_joins_prompt_and_answer_is_told(monkeypatch, capsys):
+    def tokenizer(text):
+        return {"input_ids": [len(text)]}
+
+    tokenizer.eos_token, tokenizer.eos_token_id = "</s>", 0
+    rows = [{"prompt": "p", "answer": "Yes", "tokens": [1]}]
+    with pytest.raises(SystemExit) as end:
+        heft.training_examples(tokenizer, rows)
+    assert end.value.code == 2 and "joins prompt and answer" in capsys.readouterr().err
+    monkeypatch.setattr(heft, "EPOCHS_REFT", 0)
+    assert len(heft.training_examples(tokenizer, rows)[0]) == 1
+
+
 def raised(error, cause=None):
     """The error as `except` gets it, raised from the cause."""
     error.__cause__ = cause
