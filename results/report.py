@@ -1,478 +1,384 @@
-"""Write results/README.md and the figures from all runs: python results/report.py [folder]
+"""Write results/README.md, details.md and figure 1 from the stored runs: python results/report.py [folder]
 
-Reads each result of heft_finetuning.py in the folder (by default this file's) and below, and the paper's
-numbers from paper.json. Runs of the paper's model on the paper's data stand beside the paper's, as in
-figure1.png. Any other pair of base model and dataset gets a section, with figure-<dataset>.png in the folder
-of its runs. The first paragraph of about.md, there or above, is told in each section, the rest at the end.
-Runs in a folder named tuning chose the learning rates: a section apart, nothing but their accuracies. One in
-a folder named timing tells the seconds of a step, for all runs of its model and data. Smoke
-runs, and all in smoke/, are kept apart, too. Needs matplotlib and statsmodels (requirements.txt).
+Reads every result of heft_finetuning.py in the folder (default: the folder of this file) and below. Runs that
+differ in nothing but the seed are one method. A folder `tuning` has trials of learning rates. A folder
+`timing` has runs on an idle machine: their seconds per step, times the steps, are the training time of all
+runs of that model and data. Smoke runs are kept apart. The page's text is in template.md, the paper's numbers
+are in paper.json. Needs the packages in requirements.txt.
 """
 
 import argparse
 import json
-import math
 import re
-import textwrap
-from collections import namedtuple
-from itertools import combinations, product
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import pandas
 from scipy.stats import ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 HERE = Path(__file__).resolve().parent
 PAPER = json.loads((HERE / "paper.json").read_text())
-TABLE_1, N = PAPER["table_1"], PAPER["num_validation_samples"]
-PAPERS_PAIR = ("Llama-2-7b-chat-hf", "boolq")
-# Runs that differ only in these settings are put together.
-BESIDE = """SEED TOKENS_PER_MICROBATCH PUSH_TO_HUB PRIVATE_REPOS HF_USER HF_REPO_LORA HF_REPO_REFIT
-    MERGED_DIR OUTPUT_DIR RESULTS_DIR RESULTS_FILE STAGE_1 STAGE_2""".split()
+N = PAPER["num_validation_samples"]
+# Model and data, without their folders: the paper's, and two of a laptop's size
+LLAMA, REVIEWS = "Llama-2-7b-chat-hf on boolq", "SmolLM2-135M-Instruct on reviews"
+SMALL_BOOLQ = "SmolLM2-135M-Instruct on boolq"
+# The seed, and settings that do not change the answers. Runs that differ in any other are never pooled. (Of
+# model and data, the hashes count.)
+NOT_DECIDING = """SEED PUSH_TO_HUB PRIVATE_REPOS HF_USER HF_REPO_LORA HF_REPO_REFIT MERGED_DIR OUTPUT_DIR
+    RESULTS_DIR RESULTS_FILE STAGE_1 STAGE_2 BASE_MODEL DATASET""".split()
+QUESTIONS = {  # that the page answers, by the methods compared
+    ("HEFT 3 + 3", "LoRA 3"): "Does stage 2 improve on 3 epochs of LoRA?",
+    ("HEFT 3 + 3", "LoRA 4"): "Is HEFT better than LoRA for about the same time?",
+    ("HEFT 3 + 3", "LoReFT 3"): "Is HEFT better than LoReFT alone?",
+    ("HEFT 3 + 3", "LoRA 20"): "Does HEFT reach 20 epochs of LoRA?",
+    ("LoRA 4", "LoRA 20"): "Does LoRA reach them in about that time?",
+    ("HEFT 20 + 20", "LoRA 20"): "Does stage 2 improve on 20 epochs of LoRA?",
+}
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs, and methods: runs that differ in nothing but the seed
-
-
-def read_run(path):
-    """A result with its predictions, checked; ValueError says what is wrong with it."""
-    try:
-        run = json.loads(path.read_text())
-        with path.with_suffix(".predictions.jsonl").open() as lines:
-            answers = [json.loads(line) for line in lines]
-        n, correct, settings = run["num_validation_samples"], run["correct_predictions"], run["settings"]
-        run["right"] = right = [row["prediction"] == row["answer"] for row in answers]
-        # What runs must have in common to be compared; questions may be alike on different passages.
-        run["ground"] = [settings.get("BASE_VERSION"), settings.get("VALIDATION_DATA")]
-        run["ground"] += [(row["question"], row["answer"]) for row in answers]
-        run["pair"] = tuple(Path(settings[key]).name for key in ("BASE_MODEL", "DATASET"))
-        trained = any(epochs(run))  # untrained, it answers alike for every seed
-        run["seed"], run["deciding"] = settings["SEED"] if trained else "any", deciding(run)
-        run["training"] = run["seconds"]["lora"] + run["seconds"]["reft"]
-        run["unknown_answers"], run["peak_memory_gb"], run["device"]  # these must be there
-        run["seconds"]["evaluation"], run["seconds"]["total"], run["loss"]["lora"], run["loss"]["reft"]
-    except FileNotFoundError as error:
-        raise ValueError(f"lacks {Path(error.filename).name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError("is no complete JSON") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"is no result of heft_finetuning.py ({type(error).__name__}: {error})") from None
-    if not n or len(right) != n or sum(right) != correct:
-        here = f"{sum(right)} of {len(right)} here"
-        raise ValueError(f"contradicts its predictions: {correct} of {n} correct there, {here}")
-    return run | {"percent": 100 * correct / n}
-
-
-def deciding(run):
-    """The settings that decide the run's outcome, but for the seed. Those of an absent stage do not."""
-    absent = [stage for stage in ("LORA", "REFT") if not run[f"{stage.lower()}_epochs"]]
-    absent += ["TRAIN", "EXAMPLES_PER_STEP", "MAX_LENGTH"] * (len(absent) == 2)
-    old = {"MAX_TRAIN_SAMPLES": 0, "MAX_EVAL_SAMPLES": 0, "FORMAT": 1}  # what results of old formats lack
-    # The folders of model and data do not count, their hashes do.
-    settings = old | run["settings"] | dict(zip(("BASE_MODEL", "DATASET"), run["pair"]))
-    names = [name for name in sorted(settings) if name not in BESIDE and not any(s in name for s in absent)]
-    return {name: settings[name] for name in names}
-
-
-def read_runs(folder):
-    """All runs in `folder` and below, in the order of their names, and what was skipped, as sentences."""
-    runs, skipped = [], []
-    for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("").parts):
-        name = path.relative_to(folder).as_posix()
-        try:
-            named = {"name": name.removesuffix(".json"), "tuning": "tuning" in Path(name).parent.parts}
-            runs += [] if name == "paper.json" else [read_run(path) | named]
-        except ValueError as error:
-            skipped.append(f"`{name}` {error}")
-    for path in sorted(folder.rglob("*.predictions.jsonl")):
-        if not path.with_name(path.name.replace(".predictions.jsonl", ".json")).exists():
-            skipped.append(f"`{path.relative_to(folder).as_posix()}` has no result beside it")
-    clocks = {run["pair"]: run for run in runs if "timing" in Path(run["name"]).parent.parts}
-    runs = [run for run in runs if run not in clocks.values()]
-    for run in [run for run in runs if run["pair"] in clocks]:
-        clock = clocks[run["pair"]]
-        pace = {stage: clock["seconds"][stage] / len(loss) for stage, loss in clock["loss"].items() if loss}
-        run["training"] = sum(len(loss) * pace[stage] for stage, loss in run["loss"].items() if loss)
-    return runs, skipped
-
-
-def epochs(run):
-    return run["lora_epochs"], run["reft_epochs"]
-
-
-def kind(run):
-    """What was trained, with its epochs."""
-    lora, reft = epochs(run)
+def kind(lora, reft):
+    """What is trained in so many epochs of each stage."""
     name = f"HEFT {lora} + {reft}" if lora and reft else f"LoRA {lora}" if lora else f"LoReFT {reft}"
     return name if lora or reft else "base model"
 
 
-def place(run):
-    """Layer and rank of the LoReFT intervention."""
-    return run["settings"]["REFT_LAYER"], run["settings"]["REFT_RANK"]
+ROWS = {kind(row["lora_epochs"], row["reft_epochs"]): row for row in PAPER["table_1"].values()}
+
+# ---------------------------------------------------------------------------------------------
+# Runs, methods (the runs that differ in nothing but the seed), and how methods compare
 
 
-Method = namedtuple("Method", "label runs seconds")
+def read_run(path, folders=()):
+    """A result with its predictions. ValueError says what is wrong with it."""
+    try:
+        run = SimpleNamespace(**json.loads(path.read_text()), folders=folders)
+        with path.with_suffix(".predictions.jsonl").open() as lines:
+            rows = [json.loads(line) for line in lines]
+        run.answers, run.said = ([row[key] for row in rows] for key in ("answer", "prediction"))
+        run.right = [said == answer for said, answer in zip(run.said, run.answers)]
+        run.percent = 100 * run.correct_predictions / run.num_validation_samples
+        run.pair = " on ".join(Path(run.settings[key]).name for key in ("BASE_MODEL", "DATASET"))
+        run.questions = run.settings["BASE_VERSION"], run.settings["VALIDATION_DATA"], run.answers
+        run.kind, run.seed = kind(run.lora_epochs, run.reft_epochs), run.settings["SEED"]
+        run.deciding, smoke = deciding(run), run.settings.get("SMOKE") or "smoke" in folders
+        run.section = "smoke runs" if smoke else "tuning" if "tuning" in folders else run.pair
+        run.steps = {stage: len(losses) for stage, losses in run.loss.items() if losses}
+        run.training = run.seconds["lora"] + run.seconds["reft"]
+    except FileNotFoundError:
+        raise ValueError("has no predictions beside it") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"is not a complete result ({type(error).__name__}: {error})") from None
+    if (sum(run.right), len(rows)) != (run.correct_predictions, run.num_validation_samples):
+        raise ValueError(f"contradicts its predictions, of which {sum(run.right)} of {len(rows)} are right")
+    return run
+
+
+def deciding(run):
+    """The settings that decide what the run answers, but for the seed; without those of an absent stage."""
+    absent = [stage for stage in ("LORA", "REFT") if not getattr(run, f"{stage.lower()}_epochs")]
+    absent += ["TRAIN"] * (len(absent) == 2)
+    parts = vars(run).get("tokens_per_microbatch", {})  # since FORMAT 3
+    settings = run.settings | {f"TOKENS_{part}": tokens for part, tokens in parts.items()}
+    names = [n for n in sorted(settings) if n not in NOT_DECIDING and not any(stage in n for stage in absent)]
+    return {"FORMAT": settings["FORMAT"], "ON": run.pair} | {name: settings[name] for name in names}
+
+
+def read_runs(folder):
+    """All runs in `folder` and below, in the order of their names, and what was skipped, as sentences."""
+    runs, skipped, pace = [], [], {}
+    for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("")):
+        name = path.relative_to(folder)
+        try:
+            runs += [] if name == Path("paper.json") else [read_run(path, name.parent.parts)]
+        except ValueError as error:
+            skipped.append(f"`{name}` {error}")
+    for run in runs:
+        if "timing" in run.folders:
+            pace[run.pair] = {stage: run.seconds[stage] / n for stage, n in run.steps.items()}
+    for run in runs:
+        if run.steps.keys() <= pace.get(run.pair, {}).keys():
+            run.training = sum(n * pace[run.pair][stage] for stage, n in run.steps.items())
+    return [run for run in runs if "timing" not in run.folders], skipped
 
 
 def methods_of(runs):
-    """The methods among `runs`: base model, LoRA, LoReFT, HEFT; and apart HEFT with other layers or ranks.
-
-    The label says what is not as in most HEFT runs (of layer 15 and rank 4, if there are any). The seconds of
-    training are those of the fastest seed: other work on the machine can only add to them. A second run of
-    the same seed is left out."""
-    groups, usual = {}, {}
+    """Methods by label: the kind, and what differs from the usual settings (of HEFT with the most seeds). Of
+    two runs with one seed the first counts. Seconds are the fastest run's: other work only adds to them."""
+    groups, usual, methods = {}, {}, {}
     for run in runs:
-        groups.setdefault(json.dumps(run["deciding"]), {}).setdefault(run["seed"], run)
+        groups.setdefault(json.dumps(run.deciding), {}).setdefault(run.seed, run)
     groups = [[group[seed] for seed in sorted(group)] for group in groups.values()]
-    groups.sort(key=lambda g: (all(epochs(g[0])), place(g[0]) == (15, 4), len(g)), reverse=True)
-    for group in groups:
-        usual = group[0]["deciding"] | usual
-    found = [Method(label(group[0], usual), group, min(run["training"] for run in group)) for group in groups]
-    found.sort(key=lambda m: (epochs(m.runs[0])[1] > 0, *epochs(m.runs[0]), place(m.runs[0]), m.label))
-    varied = [m for m in found if m.label.startswith("HEFT") and re.search("reft_(layer|rank)=", m.label)]
-    return [m for m in found if m not in varied], varied
+    for runs in sorted(groups, key=lambda g: (g[0].kind[:4] != "HEFT", -len(g))):
+        usual = runs[0].deciding | usual
+    for runs in sorted(groups, key=lambda g: (g[0].reft_epochs > 0, g[0].lora_epochs, g[0].reft_epochs)):
+        odd = [name for name, value in runs[0].deciding.items() if value != usual[name]]
+        odd = [f"{name.lower()}={runs[0].deciding[name]}" for name in odd if "EPOCHS" not in name]
+        label = ", ".join([runs[0].kind, *odd])
+        while label in methods:
+            label += " (other)"
+        mean, seconds = fmean(run.percent for run in runs), min(run.training for run in runs)
+        methods[label] = SimpleNamespace(kind=runs[0].kind, runs=runs, mean=mean, seconds=seconds)
+    return methods
 
 
-def label(run, usual):
-    """The kind, and the settings that are not as usual: hashes only if nothing else differs."""
-    settings = run["deciding"]
-    odd = [name for name in settings if settings[name] != usual[name] and not name.startswith("EPOCHS")]
-    odd = [name for name in odd if not name.endswith(("_DATA", "_VERSION"))] or odd
-    odd = [f", {name.lower()}={str(settings[name])[:10]}" for name in odd]
-    return kind(run) + "".join(odd).replace("learning_rate", "lr").replace("max_", "").replace("_samples", "")
+def compare(methods, a, b):
+    """Method `a` against `b`, seed by seed on the same questions; None if no seed has both. `interval`: 95 %,
+    of the difference over the seeds, in points (paired t). p: exact McNemar test of all answers pooled."""
+    mine, theirs = ({run.seed: run for run in methods[m].runs} if m in methods else {} for m in (a, b))
+    pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    pairs = [(x, y) for x, y in pairs if x.questions == y.questions]
+    if not pairs:
+        return None
+    changes = [Counter(zip(x.right, y.right)) for x, y in pairs]
+    only_a, only_b = ([change[key] for change in changes] for key in ((True, False), (False, True)))
+    ahead, point = [x - y for x, y in zip(only_a, only_b)], 100 / len(pairs[0][0].right)
+    found = SimpleNamespace(seeds=len(pairs), points=point * fmean(ahead), interval=None, ends="none")
+    found.accuracies = [fmean(run.percent for run in runs) for runs in zip(*pairs)]
+    found.only_a, found.only_b = sum(only_a), sum(only_b)
+    found.p = float(mcnemar([[0, found.only_a], [found.only_b, 0]], exact=True).pvalue)
+    if len(set(ahead)) > 1:  # one seed shows no spread, and equal differences do not show that there is none
+        found.interval = [point * end for end in ttest_1samp(ahead, 0).confidence_interval()]
+        found.ends = "{:+.2f} to {:+.2f}".format(*found.interval)
+    return found
 
 
-# ---------------------------------------------------------------------------------------------
-# Numbers
+def share(answer, runs):
+    """How often the runs give that answer, in percent."""
+    return 100 * fmean(said == answer for run in runs for said in run.said)
 
 
-def interval(correct, n):
-    """95 % Wilson interval of an accuracy, in percent."""
-    low, high = proportion_confint(correct, n, method="wilson")
-    return 100 * low, 100 * high
-
-
-def totals(runs):
-    """Correct answers and questions of all the runs together."""
-    return [sum(run[key] for run in runs) for key in ("correct_predictions", "num_validation_samples")]
-
-
-def discordant(a, b):
-    """How many questions only run `a` and only run `b` got right; None if they cannot be compared."""
-    pairs, same = list(zip(a["right"], b["right"])), a["ground"] == b["ground"]
-    return (pairs.count((True, False)), pairs.count((False, True))) if same else None
-
-
-def p_value(only_a, only_b):
-    """Exact McNemar test, which looks at the discordant questions alone."""
-    return float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue)
-
-
-def verdict(only_a, only_b, n):
-    """What `a` is beside `b`, by how many percentage points, and p; as texts."""
-    p, points = p_value(only_a, only_b), f"{100 * (only_a - only_b) / n:+.2f}"
-    word = "not distinguishable from" if p >= 0.05 else "better than" if only_a > only_b else "worse than"
-    return word, points, f"{p:.2g}" if p >= 0.0001 else "<0.0001"
-
-
-def against(a, b):
-    """Method `a` against `b`: {seed: (only a is right, only b is right, questions)}, and "all" adds them up.
-    Empty if no two runs of one seed can be compared."""
-    found = {}
-    for x, y in product(a.runs, b.runs):
-        if y["seed"] in (x["seed"], "any") and (counts := discordant(x, y)):
-            found[x["seed"]] = (*counts, len(x["right"]))
-    return found and found | {"all": tuple(map(sum, zip(*found.values())))}
+def wilson(correct, n):
+    """95 % interval of one accuracy, in percent."""
+    return [100 * end for end in proportion_confint(correct, n, method="wilson")]
 
 
 # ---------------------------------------------------------------------------------------------
-# The report, in blocks: a heading, paragraph, list or table each, or "" for nothing
+# Sentences and tables
+
+
+def missing_seeds(methods):
+    """How many seeds a row of Table 1 has less than the method with the most, if it has less."""
+    seeds = {label: len(method.runs) for label, method in methods.items()}
+    lacks = {label: max(seeds.values(), default=1) - seeds.get(label, 0) for label in ROWS}
+    return {label: n for label, n in lacks.items() if n}
+
+
+def claim(methods, a, b, short=False):
+    """How `a` compares with `b`, in a sentence; "" if no seed has both."""
+    if not (found := compare(methods, a, b)):
+        return ""
+    low, high = found.interval or (0, 0)
+    word = "is better" if low > 0 else "is worse" if high < 0 else "does not differ measurably from it"
+    word = word if found.interval else "has too few seeds to tell"
+    time = f"{100 * methods[a].seconds / methods[b].seconds:.0f} %"
+    mine, theirs = (f"{accuracy:.2f}" for accuracy in found.accuracies)
+    interval = f"95 % interval {found.ends}" if found.interval else "no interval"
+    points = f"{found.points:+.2f} points ({interval}, seeds: {found.seeds})"
+    if short:
+        return f"{a} takes {time} and {word}: {mine} %, {points}."
+    return f"{a} takes {time} of the training time of {b} and {word}: {mine} against {theirs} %, {points}."
+
+
+def statement(small, seven):
+    """The answer in at most 90 words, from the methods of the small model and of the paper's."""
+    small_model = "With SmolLM2-135M-Instruct on film reviews,"
+    unknown = "it is open whether HEFT 3 + 3 reaches LoRA 20."
+    answer, paper = (claim(methods, "HEFT 3 + 3", "LoRA 20") for methods in (small, seven))
+    told = [small_model, unknown, claim(small, "HEFT 3 + 3", "LoRA 4")]
+    if answer:
+        told = [small_model, answer, claim(small, "LoRA 4", "LoRA 20", short=True)]
+    if paper:
+        answer = claim(small, "HEFT 3 + 3", "LoRA 20", short=True)
+        told = ["On the paper's model,", paper, small_model, answer or unknown]
+    if missing := missing_seeds(small):
+        told.append(f"Seeds missing: {', '.join(f'{n} of {label}' for label, n in missing.items())}.")
+    return " ".join(filter(None, [*told, "" if paper else "The paper's model has not been run here."]))
+
+
+def papers_totals():
+    """What the paper's totals can tell, for the template."""
+    short, long, lora = (ROWS[label]["correct"] for label in ("HEFT 3 + 3", "HEFT 20 + 20", "LoRA 20"))
+    error = (lora * (1 - lora / N)) ** 0.5
+    numbers = {"error": f"{error:.0f}", "error in points": f"{100 * error / N:.2f}", "short": short - lora}
+    return numbers | {"long": long - lora, "need": f"{1.96 * 2**0.5 * error:.0f}"}
+
+
+def always_yes(methods):
+    """How often the first run of each method says Yes, in words, and what always Yes scores."""
+    runs = [method.runs[0] for method in methods.values()]
+    said = [f"{run.kind} says Yes to {run.said.count('Yes')} of {len(run.said)} questions" for run in runs]
+    always = {f"Always Yes scores {100 * run.answers.count('Yes') / len(run.answers):.2f} %." for run in runs}
+    return f"{', '.join(said)}. {' '.join(sorted(always))}" if runs else ""
 
 
 def table(head, rows):
     """A table; `head` has its columns as "a | b"."""
     lines = [head.split(" | "), ["---"] * len(head.split(" | ")), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) if rows else ""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) if rows else "Not run here."
 
 
-def hours(minutes):
-    """83 as 1:23."""
-    return f"{round(minutes) // 60}:{round(minutes) % 60:02d}"
+def clock(seconds):
+    """4980 as 1:23."""
+    return f"{round(seconds / 60) // 60}:{round(seconds / 60) % 60:02d}"
 
 
-def score(runs):
-    """Three cells of a table: correct, accuracy %, 95 % interval."""
-    (correct, n), (low, high) = totals(runs), interval(*totals(runs))
-    return [f"{correct:,} of {n:,}", f"{100 * correct / n:.2f}", f"{low:.2f} to {high:.2f}"]
-
-
-RUN_HEAD = "run | LoRA epochs | ReFT epochs | correct | accuracy % | 95 % interval | unknown"
-RUN_HEAD += " | LoRA s | ReFT s | evaluation s | total h:mm | peak GB | device"
-
-
-def cells(run):
-    """A row of RUN_HEAD after the name."""
-    times = [f"{run['seconds'][part]:.0f}" for part in ("lora", "reft", "evaluation")]
-    times += [hours(run["seconds"]["total"] / 60), f"{run['peak_memory_gb']:.1f}", run["device"]]
-    return [*epochs(run), *score([run]), run["unknown_answers"], *times]
+def table_1(small, seven):
+    rows, missing = [], missing_seeds(small)
+    for label, row in ROWS.items():
+        cells = [f"{row['accuracy']:.2f} %, {clock(60 * row['minutes'])}", "", "not run yet"]
+        for column, methods in ((1, seven), (2, small)):
+            if method := methods.get(label):
+                yes = f"{share('Yes', method.runs):.0f} %"
+                cells[column] = f"{method.mean:.2f} % (Yes {yes}), {clock(method.seconds)}"
+        cells[2] += f"; seeds missing: {missing[label]}" if label in missing else ""
+        rows.append([label, *cells])
+    return table("method | paper | 7B here | laptop", rows)
 
 
 def method_table(methods):
-    """A row per method, its seeds together."""
     rows = []
-    for name, runs, seconds in methods:
-        scores, (correct, _, wilson) = [run["percent"] for run in runs], score(runs)
-        means = f"{fmean(scores):.2f}", f"{stdev(scores):.2f}" if len(scores) > 1 else ""
-        each = ", ".join(f"{run['percent']:.2f} ({run['seed']})" for run in runs)
-        unknown = sum(run["unknown_answers"] for run in runs)
-        rows.append([name, len(runs), *means, each, correct, wilson, unknown, f"{seconds:.0f}"])
-    head = "method | seeds | mean accuracy % | standard deviation | accuracy % (seed) | correct, all seeds"
-    return table(head + " | 95 % interval | unknown | training s", rows)
+    for label, method in methods.items():
+        scores = [run.percent for run in method.runs]
+        spread = f"{stdev(scores):.2f}" if len(scores) > 1 else ""
+        each = ", ".join(f"{run.percent:.2f} ({run.seed})" for run in method.runs)
+        said = f"{share('Yes', method.runs):.1f} / {share('Unknown', method.runs):.1f}"
+        rows.append([label, len(scores), f"{method.mean:.2f}", spread, each, said, f"{method.seconds:.0f}"])
+    head = "method | seeds | mean accuracy % | standard deviation | accuracy % (seed) | Yes / neither %"
+    return table(f"{head} | training s", rows)
 
 
-def pair_table(pairs):
-    """A row for each of the pairs of methods that were asked the same questions."""
+def pair_table(methods, pairs):
+    """`pairs`: a question for each two labels."""
     rows = []
-    for b, a in pairs:
-        if found := against(a, b):
-            counts, each = found.pop("all"), {seed: verdict(*counts)[1:] for seed, counts in found.items()}
-            each = "; ".join(f"{points}, {p} ({seed})" for seed, (points, p) in each.items())
-            word, *numbers = verdict(*counts)
-            rows.insert(0, [a.label, word, b.label, *counts, *numbers, each])
-    head = "method | is | method | only the first right | only the second right | answers | points | p"
-    return table(head + " | points, p (seed)", rows)
+    for (a, b), question in pairs.items():
+        if found := compare(methods, a, b):
+            numbers = f"{found.points:+.2f}", found.ends, found.seeds, found.only_a, found.only_b
+            rows.append([question, a, b, *numbers, f"{found.p:.2g}" if found.p >= 1e-4 else "<0.0001"])
+    head = "question | first | second | difference | 95 % interval | seeds"
+    return table(f"{head} | only first right | only second right | p", rows)
 
 
-NOTES = """p is from the exact McNemar test on the same questions, with the counts of all seeds added up
-(last column: seed by seed); below 0.05 a pair counts as different. The seeds answer the same questions, so
-what is pooled, interval and p, is optimistic, and says nothing about other seeds. The untrained base model
-answers the same for any seed, and is not in the figure; where it says neither Yes nor No, a comparison with
-it is about the form of the answer. Training time is that of the fastest seed; but where a folder `timing` has
-a run of the same model and data, which had a core to itself, it is the seconds of a step there times the
-steps, whatever the layer."""
-
-
-def run_blocks(runs, prefix=""):
-    """What all kinds of runs have: the methods, their pairs, other layers and ranks, the runs."""
-    methods, varied = methods_of(runs)
-    blocks = [method_table(methods), " ".join(NOTES.split()), pair_table(combinations(methods, 2))]
-    if repeated := len(runs) - sum(len(method.runs) for method in methods + varied):
-        blocks.append(f"{repeated} run(s) repeat settings and seed of another: listed below, not counted.")
-    if varied:  # against that of the same epochs
-        pairs = [(a, b) for a, b in product(methods, varied) if a.label == kind(b.runs[0])]
-        blocks += ["HEFT with another layer or rank of stage 2:", method_table(varied), pair_table(pairs)]
-    rows = [[run["name"].removeprefix(prefix), *cells(run)] for run in runs]
-    return [*blocks, "All runs:", table(RUN_HEAD, rows)]
-
-
-def paper_blocks(folder, runs):
-    """The paper's model on the paper's data."""
-    # A run is a row of Table 1 if it is that experiment: the name says so, and the questions are all there.
-    main = {run["name"]: run for run in runs if run["name"] in TABLE_1 and run["num_validation_samples"] == N}
-    rows, shown = [], []
-    for name, paper in TABLE_1.items():
-        ours = cells(main[name]) if name in main else [*epochs(paper), *[""] * 10]
-        rows.append([name, *ours, f"{paper['accuracy']:.2f}", hours(paper["minutes"])])
-        total = {"correct_predictions": paper["correct"], "num_validation_samples": N, "loss": {}}
-        shown.append(Method(f"{kind(paper)}, paper", [total], 60 * paper["minutes"]))
-    rows_2 = [[*row, "paper"] for row in PAPER["table_2"]["rows"]]
-    rows_2 += [[name, "7B", f"{run['percent']:.2f}", "measured here"] for name, run in main.items()]
-    shown += methods_of([run for run in runs if run["num_validation_samples"] == N])[0]
-    figure(folder / "figure1", "BoolQ validation", shown, "hours")
-
-    correct = {name: paper["correct"] for name, paper in TABLE_1.items()}
-    share = correct["lora20-reft0"] / N
-    need = math.ceil(1.959964 * math.sqrt(2 * share * (1 - share) * N))  # 1.96 standard errors
-    short, long = (correct[name] - correct["lora20-reft0"] for name in ("lora3-reft3", "lora20-reft20"))
-    told = f"""Of the paper's rows only totals are known, so no paired test is possible. Two independent runs
-        near 85 % on {N:,} questions must differ by about {need} answers ({100 * need / N:.2f} points) for
-        p < 0.05. The paper's HEFT 3 + 3 and LoRA-only 20 are {short} answers apart, HEFT 20 + 20 and
-        LoRA-only 20 are {long}: not distinguishable from the totals. (A paired test on the same questions can
-        detect a smaller difference: if only d questions change, all one way, d = 6 is enough.)"""
-    return [
-        "![accuracy, training time and losses](figure1.png)",
-        "## Table 1",
-        f"BoolQ validation, {N:,} questions. Empty rows have not been run here.",
-        table(RUN_HEAD + " | paper % | paper h:mm", rows),
-        *(["## All runs of the paper's model", *run_blocks(runs)] if runs else []),
-        "## What the paper's totals can tell",
-        " ".join(told.split()),
-        "## Table 2 (paper, context)",
-        f"Source: {PAPER['table_2']['source']}.",
-        table("model | size | accuracy % | source", rows_2),
-    ]
-
-
-def compared(a, b):
-    """What method `a` is, in words."""
-    found = against(a, b)
-    word, points, p = verdict(*found.pop("all"))
-    ahead = f"seeds ahead: {sum(x > y for x, y, _ in found.values())} of {len(found)}"
-    return f"{word} {b.label} ({points} points, {ahead}, p {p})"
-
-
-def over_seeds(a, b):
-    """p of the paired t-test with the seed as the unit, in words; nothing if the seeds do not vary."""
-    found = against(a, b)
-    differences = [(x - y) / n for seed, (x, y, n) in found.items() if seed != "all"]
-    if len(set(differences)) < 2:
-        return []
-    return [f"{ttest_1samp(differences, 0).pvalue:.2g} against {b.label}"]
-
-
-def reached(method):
-    """The accuracy of a method, in words."""
-    scores, unknown = [run["percent"] for run in method.runs], sum(r["unknown_answers"] for r in method.runs)
-    more = [f"{min(scores):.2f} to {max(scores):.2f} over {len(scores)} seeds"] * (len(scores) > 1)
-    more += [f"neither Yes nor No: {unknown:,}"] * bool(unknown)
-    return f"{method.label} {fmean(scores):.2f} %" + f" ({'; '.join(more)})" * bool(more)
-
-
-def in_words(pair, methods, trials):
-    """The answer for a reader who wants no table. `trials`: the runs that chose the learning rates."""
-    usual = [method for method in methods if method.label == kind(method.runs[0])]
-    answers = [answer for _, answer in usual[0].runs[0]["ground"][2:]]
-    often = max(("Yes", "No"), key=answers.count)
-    always = f"always {often} would score {100 * answers.count(often) / len(answers):.2f} %"
-    told = [f"Accuracy on {len(answers):,} questions: {', '.join(map(reached, usual))}; {always}."]
-    if heft := max((m for m in usual if all(epochs(m.runs[0]))), key=lambda m: len(m.runs), default=None):
-        name, (lora, reft) = heft.label, epochs(heft.runs[0])
-        rivals = [m for m in usual if against(heft, m)]
-        parts = [m for m in rivals if m.label in (f"LoRA {lora}", f"LoReFT {reft}")]
-        units = [p for m in parts for p in over_seeds(heft, m)]
-        ask = "Whether other seeds would show this is tested by a paired t-test over the seeds: p"
-        told.insert(0, f"{ask} {', '.join(units)}." * bool(units))
-        alone = " and ".join(compared(heft, m) for m in parts)
-        told.insert(0, f"On the answers of these models, {name} is {alone}." * bool(parts))
-        longer = [m for m in rivals if m.label.startswith("LoRA ") and epochs(m.runs[0])[0] > lora]
-        told.append(f"In training time, {name} took {heft.seconds:.0f} s")
-        told[-1] += "" if longer else "; LoRA alone was not trained for as long."
-        for m in sorted(longer, key=lambda m: abs(m.seconds - heft.seconds))[:1]:
-            told[-1] += f" and {m.label} {m.seconds:.0f} s: {name} is {compared(heft, m)}."
-        told.append("Not distinguishable (p of at least 0.05, exact McNemar test) does not mean equal.")
-        many = "The answers of all seeds are pooled; the questions are the same for each: p is optimistic."
-        told.append(many if len(heft.runs) > 1 else "With one seed, the spread between seeds is not known.")
-    chosen = ", ".join(sorted({f"seed {run['seed']} on {run['pair'][1]}" for run in trials}))
-    told.append(f"The learning rates were chosen with {chosen}; " * bool(trials))
-    told[-1] += f"{pair[0]} on {pair[1]} says nothing about {' on '.join(PAPERS_PAIR)}."
-    return " ".join(filter(None, told))
-
-
-def trial_table(runs):
-    """The runs that chose learning rates, the best of each method marked."""
-    best, rows = {}, []
-    for run in runs:
-        best[kind(run)] = max(run["percent"], best.get(kind(run), 0))
-        rates = [f"{value:g}" for name, value in run["deciding"].items() if name.startswith("LEARNING_RATE")]
-        rows.append([kind(run), ", ".join(rates), run["seed"], *score([run]), run["percent"]])
-    rows = [[*row[:-1], "yes" * (row[-1] == best[row[0]])] for row in sorted(rows)]
-    return table("method | learning rate | seed | correct | accuracy % | 95 % interval | best", rows)
-
-
-def sections(folder, runs):
-    """One for each pair of base model and dataset, one for its trials; then the rest of each about.md."""
-    blocks, rest, pictures = [], {}, set()
-    for pair, tuning in sorted({(run["pair"], run["tuning"]) for run in runs}):
-        ours = [run for run in runs if (run["pair"], run["tuning"]) == (pair, tuning)]
-        above = {folder / place / "about.md" for run in ours for place in Path(run["name"]).parents}
-        methods, trials = methods_of(ours)[0], [r for r in runs if r["tuning"] and r["pair"][0] == pair[0]]
-        title = f"## {' on '.join(pair)}"
-        blocks += [f"{title}: learning rates"] if tuning else [title, in_words(pair, methods, trials)]
-        for file in sorted(filter(Path.exists, above)):
-            head, _, rest[file.parent.relative_to(folder)] = file.read_text().strip().partition("\n\n")
-            blocks.append(head)
-        if tuning:
-            blocks.append(trial_table(ours))
-            continue
-        here = Path(ours[0]["name"]).parent
-        picture = (here / f"figure-{pair[1]}").as_posix()
-        picture += f"-{pair[0]}" if picture in pictures else ""  # two models in one folder
-        pictures.add(picture)
-        if any(method.seconds for method in methods):
-            figure(folder / picture, pair[1], methods)
-            blocks.append(f"![accuracy, training time and losses]({picture}.png)")
-        blocks += run_blocks(ours, prefix=f"{here.as_posix()}/")
-    return blocks + [
-        f"## How the runs in {place} were made\n\n{text}" for place, text in rest.items() if text
-    ]
+def trial_table(trials):
+    """A row for each method whose learning rate was chosen, the best rate first."""
+    rows = {}
+    for run in sorted(trials, key=lambda run: (run.pair, run.kind, run.seed, -run.percent)):
+        rates = " and ".join(f"{x:g}" for name, x in run.deciding.items() if name.startswith("LEARNING_RATE"))
+        cell = f"{rates}: {run.percent:.2f} (Yes {share('Yes', [run]):.0f} %)"
+        rows.setdefault((run.kind, run.pair, run.seed, len(run.said)), []).append(cell)
+    rows = [[*row, "; ".join(cells)] for row, cells in rows.items()]
+    return table("method | model and data | seed | questions | learning rate: accuracy %", rows)
 
 
 # ---------------------------------------------------------------------------------------------
-# Figures: told apart by markers, no colour is needed
+# Figure 1: one colour and one marker for each method, paler for what is not in Table 1
+
+STYLE = {"HEFT": ("o", "#0072B2", "#9CC6DF"), "LoRA": ("s", "#D55E00", "#F0BC99")}
+STYLE |= {"LoReFT": ("^", "#009E73", "#99D5C3")}  # distinct for the colour-blind, too (Okabe and Ito)
 
 
-def figure(path, data, methods, unit="s"):
-    """Accuracy of each trained method, the same against training time, and the losses: path.png and .svg."""
-    methods = [method for method in methods if method.seconds]
-    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"svg.hashsalt": "heft", "svg.fonttype": "none"})  # same runs, same bytes
-    panels = 2 + any(any(method.runs[0]["loss"].values()) for method in methods)
-    size = {"figsize": (3.8 * panels, max(3.2, 0.4 * len(methods))), "layout": "constrained"}
-    picture, (left, middle, *right) = plt.subplots(1, panels, **size)
-    curves = {}  # stages with the same losses are one: HEFT's first is LoRA's
-    for number, (name, runs, seconds) in enumerate(methods):
-        average, (low, high) = 100 * totals(runs)[0] / totals(runs)[1], interval(*totals(runs))
-        own = not name.endswith(", paper")  # the paper's are grey and hollow
-        style = {"color": f"C{number % 10}" if own else "0.45", "marker": "os^DvPXp<>"[number % 10]}
-        bar = {"xerr": [[average - low], [high - average]], "capsize": 2, "elinewidth": 0.8}
-        left.errorbar(average, number, mfc=style["color"] if own else "white", **bar, **style)
-        time = seconds / (3600 if unit == "hours" else 1)
-        middle.plot(time, average, ms=6, mfc="none", **style)  # hollow: shows what lies below it
-        rows = [number + 0.22 + 0.45 * i / len(runs) for i in range(len(runs))]
-        if len(runs) > 1:
-            left.plot([run["percent"] for run in runs], rows, ls="", ms=3, mew=0.6, mfc="white", **style)
-        for stage, loss in runs[0]["loss"].items():
-            curves.setdefault((stage, *loss), (number, style, []))[2].append(name)
-    labels = [textwrap.fill(method.label, 24, break_long_words=False) for method in methods]
-    left.set_yticks(range(len(methods)), labels)
-    left.invert_yaxis()
-    left.set(xlabel=f"{data} accuracy (%)", title="95 % intervals; small: each seed")
-    middle.set(xlabel=f"training time ({unit})", ylabel=f"{data} accuracy (%)", title="Means against time")
-    middle.set_xlim(left=0)
-    for (stage, *loss), (number, style, owners) in curves.items():
-        if loss:
-            title = f"{'LoRA' if stage == 'lora' else 'LoReFT'} stage of {', '.join(owners)}"
-            marks = (len(loss) * number // 40, 1 + len(loss) // 8)  # not upon those of others
-            style = style | {"ls": "-" if stage == "lora" else "--", "markevery": marks, "mfc": "white"}
-            smooth = pandas.Series(loss).rolling(1 + len(loss) // 20, min_periods=1).mean()
-            right[0].plot(smooth.index + 1, smooth, lw=0.9, ms=4, label=textwrap.fill(title, 30), **style)
-    for axes in right:
-        axes.set(xlabel="optimizer step of the stage", ylabel="loss", title="Losses, running means")
-        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+def mark(axes, label, x, y, seeds=()):
+    """A large mark with its label, and a small one for each seed. Epochs are label enough for a pale one."""
+    family, epochs = label.split(" ", 1)
+    marker, color, pale = STYLE[family]
+    style, text, weight = {"color": color, "zorder": 3}, label, "bold"
+    if label not in ROWS:
+        style, text, weight = {"color": pale, "zorder": 2}, epochs.split(", ")[-1], "normal"
+    axes.plot(x, y, marker, ms=10, mec="white", **style)
+    axes.plot([x] * len(seeds), seeds, marker, ms=5, mec="white", mew=0.7, **style)
+    side = "right" if label in ("LoRA 3", "LoRA 20") else "left"  # so that labels seldom meet
+    below = label in ("LoRA 4", "LoReFT 20") or text == "here"
+    offset = (-8 if side == "right" else 8, -11 if below else 5)
+    axes.annotate(text, (x, y), offset, textcoords="offset points", color=color, weight=weight, ha=side)
+
+
+def figure_1(path, small, seven):
+    """Accuracy against training time, the paper's and the small model's: path.png and .svg."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams["svg.hashsalt"] = "heft"  # the same runs give the same bytes
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.35))
+    picture.subplots_adjust(left=0.055, right=0.99, top=0.86, bottom=0.115, wspace=0.13)
+    for label, row in ROWS.items():
+        bar = {"color": STYLE[label.split()[0]][1], "marker": "_", "ms": 7, "lw": 1}
+        left.plot([row["minutes"] / 60] * 2, wilson(row["correct"], N), **bar)
+        mark(left, label, row["minutes"] / 60, row["accuracy"])
+    for label, method in seven.items():
+        mark(left, f"{label}, here", method.seconds / 3600, method.mean)
+    for label, method in small.items():
+        seeds = [run.percent for run in method.runs if label in ROWS]
+        mark(right, label, method.seconds / 60, method.mean, seeds)
+    missing = ", ".join(label for label in ROWS if label not in small)
+    right.text(
+        0.99, 0.03, f"not run yet: {missing}" if missing else "", transform=right.transAxes, ha="right"
+    )
+    titles = "Paper: Llama-2-7b-chat on BoolQ", "Here: SmolLM2-135M-Instruct on film reviews"
+    notes = (
+        f"Bars: 95 % intervals of one run, {N:,} questions",
+        "Large: mean, small: each seed, pale: fewer epochs",
+    )
+    for axes, title, note, unit in zip((left, right), titles, notes, ("hours", "minutes")):
+        axes.set(xlabel=f"training time ({unit})", ylabel="accuracy (%)", xlim=(0, 1.3 * axes.get_xlim()[1]))
+        axes.set_title(f"{title}\n", loc="left", weight="bold")
+        axes.text(0, 1.03, note, transform=axes.transAxes)
+        axes.grid(axis="y", color="0.92", zorder=0)
     for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         picture.savefig(path.with_name(path.name + ending), dpi=200, metadata=metadata)
     plt.close(picture)
 
 
-def write_report(folder=HERE):
-    """README.md and the figures of `folder`, from its runs."""
-    runs, skipped = read_runs(folder)
-    toys, ours, others = [], [], []
-    for run in runs:  # wherever it lies, a smoke run never mixes with others
-        toy = run["settings"].get("SMOKE") or run["name"].startswith("smoke/")
-        (toys if toy else ours if run["pair"] == PAPERS_PAIR and not run["tuning"] else others).append(run)
+def on_page(methods):
+    """Those that were trained, with the usual settings."""
+    return {label: method for label, method in methods.items() if label == method.kind != "base model"}
 
-    intro = """Written by `python results/report.py`; edits are lost. Columns marked "paper" are from arXiv
-        2509.09801. Methods are named with their epochs: LoRA 3 is LoRA alone, HEFT 3 + 3 both stages."""
-    blocks = ["# Results", " ".join(intro.split()), *paper_blocks(folder, ours), *sections(folder, others)]
-    about_toy = ["The embedded toy, nothing about BoolQ. Five seeds: [smoke/README.md](smoke/README.md)."]
-    about_toy *= (folder / "smoke/README.md").exists()
-    blocks += ["## Smoke runs", *about_toy] if toys or about_toy else []
-    if toys:
-        blocks += ["Run here on the toy, not the paper's experiment:", *run_blocks(toys, prefix="smoke/")]
-    blocks += ["## Skipped files", "\n".join(f"- {sentence}" for sentence in skipped)] if skipped else []
-    (folder / "README.md").write_text("\n\n".join(filter(None, blocks)) + "\n")
-    for sentence in skipped:
-        print(f"skipped: {sentence}")
-    print(f"{folder / 'README.md'}: {len(ours)} + {len(others)} runs, {len(toys)} smoke runs")
+
+def write_pages(folder):
+    """README.md and details.md of `folder`, from its runs. Returns the methods for the figure."""
+    runs, skipped = read_runs(folder)
+    sections = {name: [] for name in (REVIEWS, SMALL_BOOLQ, LLAMA, "tuning")}
+    for run in runs:
+        sections.setdefault(run.section, []).append(run)
+    trials, methods = sections.pop("tuning"), {name: methods_of(runs) for name, runs in sections.items()}
+    small, boolq = (on_page(methods[name]) for name in (REVIEWS, SMALL_BOOLQ))
+    seven = [run for run in sections[LLAMA] if run.num_validation_samples == N]
+    seven = [run for run in seven if all(run.deciding.get(k, v) == v for k, v in PAPER["settings"].items())]
+    seven = {label: methods_of([run for run in seven if run.kind == label]) for label in ROWS}
+    seven = {label: found[label] for label, found in seven.items() if found}  # the one with the most seeds
+    blocks = papers_totals() | {
+        "statement": statement(small, seven),
+        "table 1": table_1(small, seven),
+        "methods": method_table(small),
+        "comparisons": pair_table(small, QUESTIONS),
+        "learning rates": trial_table(trials),
+        "boolq": always_yes(boolq),
+        "boolq methods": method_table(boolq),
+        "boolq comparisons": pair_table(boolq, QUESTIONS),
+        "skipped": "\n".join(["## Skipped files\n", *(f"- {x}" for x in skipped)] if skipped else []),
+    }
+    text = re.sub("<!-- (.+?) -->", lambda match: str(blocks[match[1]]), (HERE / "template.md").read_text())
+    (folder / "README.md").write_text(text.strip() + "\n")
+
+    details = ["# Details", "Methods that are not in [README.md](README.md)."]
+    for name, found in methods.items():
+        shown, pairs = (on_page(found), {}) if name in (REVIEWS, SMALL_BOOLQ) else ({}, QUESTIONS)
+        rest = {label: method for label, method in found.items() if label not in shown}
+        odd = {(label, m.kind): "Does the setting matter?" for label, m in rest.items() if label != m.kind}
+        compared = {(a, b): text for (a, b), text in (pairs | odd).items() if compare(found, a, b)}
+        details += [f"## {name}", method_table(rest), pair_table(found, compared) if compared else ""]
+    details += ["## Table 2 of the paper", f"Source: {PAPER['table_2']['source']}."]
+    details += [table("model | size | accuracy %", PAPER["table_2"]["rows"])]
+    (folder / "details.md").write_text("\n\n".join(filter(None, details)) + "\n")
+    print("\n".join([*(f"skipped: {x}" for x in skipped), f"{folder / 'README.md'}: {len(runs)} runs"]))
+    return small, seven
+
+
+def write_report(folder=HERE):
+    figure_1(folder / "figure1", *write_pages(folder))
 
 
 if __name__ == "__main__":
@@ -481,5 +387,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, default=HERE)
     folder = parser.parse_args().folder
     if not folder.is_dir():
-        parser.error(f"{folder} is no folder")
+        parser.error(f"{folder} is not a folder")
     write_report(folder)
