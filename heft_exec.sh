@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Runs heft_finetuning.py with all arguments: inside the container of a cluster job, and on a workstation,
-# where the first run makes .venv and installs requirements.txt into it.
+# Runs heft_finetuning.py with all arguments: in the container of a cluster job, or on a workstation, where the
+# first run installs requirements.txt into .venv. Keep it to bash 3.2 and POSIX tools, for macOS.
 set -euo pipefail
 
-export PYTHONUNBUFFERED=1
+fail() { echo "heft: error: $*" >&2; exit 2; }
 
-if [ -n "${_CONDOR_SCRATCH_DIR:-}" ]; then # a cluster job: everything it downloads stays in its directory
-    export HF_HOME="${HF_HOME:-$PWD/.hf_home}"
+# No packages but those of requirements.txt, whatever the user's environment says.
+for name in ${!PYTHON@}; do unset "$name"; done
+unset __PYVENV_LAUNCHER__ CDPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPS PIP_DRY_RUN
+export PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+
+if [ -n "${_CONDOR_SCRATCH_DIR:-}" ]; then # a cluster job: downloads and caches stay in its directory
+    export HF_HOME="${HF_HOME:-$PWD/.hf_home}" MPLCONFIGDIR="${MPLCONFIGDIR:-$PWD/.hf_home}"
     # HTCondor holds a job, and hides its message, when a folder that it should send back is missing.
     mkdir -p results output
     # Reports that travelled in do not travel back: they may be newer at home by then.
-    [ ! "$PWD" -ef "$_CONDOR_SCRATCH_DIR" ] || find results -type f ! -name '*.json*' -delete
+    [ ! "$PWD" -ef "$_CONDOR_SCRATCH_DIR" ] || find results -type f ! -name '*.json*' -exec rm -f {} +
 fi
-
-fail() { echo "heft: error: $*" >&2; exit 2; }
 
 # A batch system may run a copy of this file from elsewhere: the rest is then in the job's directory.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,13 +25,18 @@ for file in heft_finetuning.py requirements.txt; do
     [ -f "$here/$file" ] || fail "$file is neither beside heft_exec.sh nor in $PWD"
 done
 
-# The token, if there is one, comes from a file that nobody else may read; the script says where one is needed.
-if [ -z "${HF_TOKEN:-}" ] && [ -e .hf_token ]; then
-    [ -r .hf_token ] || fail ".hf_token cannot be read"
-    case $(stat -c %a .hf_token) in
-        *00) ;;
+# The token, if there is one, comes from a file that nobody else may read. An empty file is no token.
+if [ -z "${HF_TOKEN:-}" ] && { [ -e .hf_token ] || [ -L .hf_token ]; }; then
+    if ! [ -f .hf_token ] || ! [ -r .hf_token ]; then
+        fail ".hf_token is not a file that you can read: replace or remove it"
+    fi
+    case $(ls -ldL .hf_token) in
+        -???------*) ;;
         *) fail ".hf_token can be read by others: chmod 600 .hf_token" ;;
     esac
+    if [ "$(wc -w <.hf_token)" -gt 1 ] || LC_ALL=C grep -q '[^[:space:]A-Za-z0-9._-]' .hf_token; then
+        fail ".hf_token must hold the token alone: one word, without a name, quotes or a byte order mark"
+    fi
     HF_TOKEN=$(tr -d '[:space:]' <.hf_token)
     if [ -n "$HF_TOKEN" ]; then export HF_TOKEN; else unset HF_TOKEN; fi
 fi
@@ -46,18 +54,48 @@ suits() { # is this a Python for which all packages have wheels?
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
+lock() { # file descriptor 9. The lock ends with the last process that has it open, however that ends
+    "$system" -c '
+import fcntl, os, sys, time
+for second in range(int(sys.argv[1])):
+    try:
+        sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except BlockingIOError:
+        if second == 0:
+            print("heft: waiting for another run, which is installing the packages", file=sys.stderr)
+        time.sleep(1)
+    except OSError: # a file system without locks
+        sys.exit(os.fstat(9).st_size > 0)
+sys.exit(1)' "${HEFT_INSTALL_LIMIT:-3600}"
+}
+
+venv=$here/.venv
+unfinished=$venv/.unfinished # not empty: an installation is under way, or was killed
+installed() { [ ! -s "$unfinished" ] && has_packages "$venv/bin/python"; }
+
+install_packages() { # requirements.txt into .venv, one run at a time
+    for system in python3 python3.13 python3.12 python3.11; do suits "$system" && break; done ||
+        fail "Python 3.11, 3.12 or 3.13 is needed; python3 is $(python3 --version 2>/dev/null || echo missing)"
+    { mkdir -p "$venv" && : >>"$unfinished"; } 2>/dev/null || fail "cannot write to $venv"
+    exec 9>>"$unfinished"
+    lock || fail "another run has not finished installing the packages: if none is running, remove $venv"
+    if ! installed; then # nor has another run done it meanwhile
+        echo "heft: installing the packages into $venv (once, some minutes)" >&2
+        if [ -s "$unfinished" ] || ! suits "$venv/bin/python"; then rm -rf "${venv:?}"/*; fi
+        echo unfinished >"$unfinished"
+        "$system" -m venv "$venv" || fail "$system -m venv failed: install Python's venv module"
+        "$venv/bin/python" -m pip install --no-user --disable-pip-version-check -r "$here/requirements.txt" >&2 ||
+            fail "pip could not install requirements.txt; fix that, and run the same command again"
+        has_packages "$venv/bin/python" || fail "pip did not install into $venv: look at 'pip config list'"
+        : >"$unfinished"
+    fi
+    exec 9>&- # or the script would keep the lock
+}
+
 python=python3
 if ! has_packages python3; then
-    python=$here/.venv/bin/python
-    if ! has_packages "$python"; then
-        for system in python3 python3.13 python3.12 python3.11; do suits "$system" && break; done ||
-            fail "Python 3.11, 3.12 or 3.13 is needed; python3 is $(python3 --version 2>/dev/null || echo missing)"
-        echo "heft: first run, installing the packages into $here/.venv (some minutes)" >&2
-        suits "$python" || rm -rf "$here/.venv" # none yet, or another Python's
-        "$system" -m venv "$here/.venv" || fail "$system -m venv failed: install Python's venv module"
-        "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt" >&2 ||
-            fail "pip could not install requirements.txt; mend that, then the same command goes on"
-    fi
+    python=$venv/bin/python
+    installed || install_packages
 fi
 
 # exec: signals and the exit status are the script's.

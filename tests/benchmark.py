@@ -197,6 +197,7 @@ def theirs(folder, o):
     found, reft = {"seconds": {}, "peak": {}, "loss": {"lora": [], "reft": []}}, None
 
     def timed(name, work, *arguments, **options):
+        heft.reset_peak_memory()
         started = time.time()
         value = work(*arguments, **options)
         if DEVICE == "cuda":
@@ -226,11 +227,10 @@ def ours(folder, o):
         (result,) = (json.loads(path.read_text()) for path in Path(place, "results").glob("*.json"))
         (predictions,) = Path(place, "results").glob("*.predictions.jsonl")
         texts = [json.loads(line)["text"] for line in predictions.read_text().splitlines()]
-        peak = {"evaluation": result["peak_memory_gb"]}
-        for path in Path(place, "output").glob("*/heft.json"):
-            stage = "lora" if (path.parent / "adapter_config.json").exists() else "reft"
-            peak[stage] = json.loads(path.read_text())["peak_memory_gb"]
-    return {"seconds": result["seconds"], "loss": result["loss"], "texts": texts, "peak": peak}
+    return {key: result[key] for key in ("seconds", "loss")} | {
+        "texts": texts,
+        "peak": result["peak_memory_gb"],
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def product_rate(dtype):
 def print_times(new, old, needed, tokens, rate):
     """The table of a run. old: None with --ours-only; tokens: of the prompts that each stage takes in."""
     print("\n| stage | paper's procedure s | heft s | ratio | prompt tokens per s", end=" ")
-    print("| share of the matrix product % | peak GB so far, paper's | peak GB so far, heft |")
+    print("| share of the matrix product % | peak GB, paper's | peak GB, heft |")
     print("|---" * 8 + "|")
     stages = [stage for stage in STAGES if new["seconds"][stage]]
     for part in [[stage] for stage in stages] + [stages] * (len(stages) > 1):
@@ -263,7 +263,7 @@ def print_times(new, old, needed, tokens, rate):
         row = [f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}"] if old else ["", f"{ours:.1f}", ""]
         share = 100 * sum(needed["heft"][stage] for stage in part) / ours / rate
         row += [f"{sum(tokens[stage] for stage in part) / ours:,.0f}", f"{share:.1f}"]
-        row += [f"{run['peak'][part[-1]]:.1f}" if run else "" for run in (old, new)]
+        row += [f"{max(run['peak'][stage] for stage in part):.1f}" if run else "" for run in (old, new)]
         print(f"| {part[0] if len(part) == 1 else 'all'} | {' | '.join(row)} |")
 
 
@@ -326,6 +326,7 @@ def main(o):
         tokenizer = AutoTokenizer.from_pretrained(o.model or ROOT / "smoke/model")
         config = make_config(o.model, o.layers, o.width, tokenizer)
         o.layer = (config.num_hidden_layers - 1) // 2 if o.layer is None else o.layer
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         make_data(folder / "data", o.data, o.examples, o.questions, tokenizer)
         heft.DATASET, heft.TOKENS_PER_MICROBATCH = str(folder / "data"), o.tokens
         rows, questions = heft.load_boolq("train", tokenizer), heft.load_boolq("validation", tokenizer)

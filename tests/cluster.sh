@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # heft.sub, heft_exec.sh and container.def on a real HTCondor pool. Run as root:
 #
-#   tests/cluster.sh RIG [image|smoke|sweep|resubmit|vacate|all]
+#   tests/cluster.sh RIG [image|smoke|sweep|twins|resubmit|vacate|all]
 #
 # RIG is a script that runs such a pool on this machine: `RIG up`, `RIG submit DIR heft.sub ARGS...` (copies DIR,
 # submits as a normal user, waits, copies back to DIR.out), `RIG user CMD...`, `RIG sif DIR container.def OUT.sif`.
-# With RIG_NO_CONTAINER=1 the container line is taken out and the packages must be the execute machine's own.
+# With RIG_PYTHON=DIR there is no container: on the execute machine, DIR holds a python3 that has the packages.
 set -euo pipefail
 rig=$1
 part=${2:-all}
@@ -26,7 +26,13 @@ fresh() { # DIR: what a user has after cloning, with an image and an empty token
     rm -rf "$1" "$1.out"
     copy "$1"
     (umask 077 && : >"$1/.hf_token")
-    if [ -n "${RIG_NO_CONTAINER:-}" ]; then sed -i '/^container_image/d' "$1/heft.sub"; else cp "$image" "$1/"; fi
+    if [ -z "${RIG_PYTHON:-}" ]; then cp "$image" "$1/"; return; fi
+    sed -i "s#^container_image.*#environment = PATH=$RIG_PYTHON:/usr/bin:/bin#" "$1/heft.sub"
+}
+
+queue_rows() { # DIR VARIABLES ROW...: as a user would, the single queue of heft.sub off, a table on
+    sed -i '/^queue$/,$d' "$1/heft.sub"
+    { echo "queue $2 from ("; printf ' %s\n' "${@:3}"; echo ")"; } >>"$1/heft.sub"
 }
 
 start() { # NAME ARGS...: submit $work/NAME in the background, as $submit; its words go to NAME.log
@@ -68,7 +74,7 @@ print("the result of the undisturbed run:", a["accuracy"])
 PYTHON
 }
 
-if wants image && [ -z "${RIG_NO_CONTAINER:-}" ]; then
+if wants image && [ -z "${RIG_PYTHON:-}" ]; then
     say "image: apptainer build, with its %test"
     copy "$work/source"
     time "$rig" sif "$work/source" container.def "$image"
@@ -86,15 +92,44 @@ fi
 if wants sweep; then
     say "sweep: three rows, then one with a mistake among them"
     fresh "$work/sweep"
-    # as a user would: the single queue off, a table on
-    sed -i '/^queue$/,$d' "$work/sweep/heft.sub"
-    printf 'queue epochs_lora, epochs_reft from (\n 0 0\n 0 1\n 1 0\n nought 1\n)\n' >>"$work/sweep/heft.sub"
+    queue_rows "$work/sweep" "epochs_lora, epochs_reft" "0 0" "0 1" "1 0" "nought 1"
     RIG_WAIT=${RIG_WAIT:-900} "$rig" submit "$work/sweep" heft.sub extra=--smoke && { echo "the mistake went unseen"; exit 1; }
     ls "$work/sweep.out/results/smoke"
     for run in lora0-reft0 lora0-reft1 lora1-reft0; do test -s "$work/sweep.out/results/smoke/$run.json"; done
     grep -h "heft: error" "$work"/sweep.out/condor_outs/*_3.err
     test "$(grep -l 'heft: error' "$work"/sweep.out/condor_outs/*.err | wc -l)" = 1
     test "$(cat "$work"/sweep.out/condor_outs/*_3.log | grep -c '^001 ')" = 1 # a mistake is not tried again
+fi
+
+if wants twins; then
+    say "twins: two rows train the same stage 1 at once, with other last bits, as on two kinds of GPU"
+    fresh "$work/twins"
+    # small micro-batches are slow: 3 + 0 ends last, and the stage 1 that stays in output/ is not that of 3 + 3
+    queue_rows "$work/twins" "epochs_lora, epochs_reft, extra" "3 3 --smoke" "3 0 --smoke --tokens-per-microbatch 64"
+    submit_twins() { # from what came home; all must end with 0
+        rm -f "$work"/twins/condor_outs/*_*
+        # the pool's second GPU is a small one, and its disk has no room for twice 64 GB
+        RIG_WAIT=${RIG_WAIT:-1800} "$rig" submit "$work/twins" heft.sub -append "request_disk = 16GB" \
+            -append "gpus_minimum_memory = 8000" -append "gpus_minimum_capability = 7.0"
+        rm -rf "$work/twins"
+        mv "$work/twins.out" "$work/twins"
+    }
+    submit_twins
+    python3 - "$work"/twins/results/smoke/lora3-reft{3,0}.json <<'PYTHON'
+import json, sys
+a, b = (json.load(open(file))["loss"]["lora"] for file in sys.argv[1:])
+assert len(a) == len(b) > 0 and a != b, "one of the two did not train a stage 1 of its own"
+PYTHON
+
+    say "twins: the same again, then once more without the results"
+    submit_twins
+    grep -h "already done" "$work"/twins/condor_outs/*.out
+    test "$(grep -l "already done" "$work"/twins/condor_outs/*.out | wc -l)" = 2
+    rm -rf "$work/twins-results"
+    mkdir "$work/twins-results"
+    mv "$work"/twins/results/smoke/*.json* "$work/twins-results"
+    submit_twins
+    diff "$work"/{twins-results,twins/results/smoke}/lora3-reft3.predictions.jsonl
 fi
 
 if wants resubmit; then

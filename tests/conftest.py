@@ -3,6 +3,9 @@ script."""
 
 import json
 import os
+import random
+import re
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -16,73 +19,41 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # here and in the runs that do not talk to t
 
 import make
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from tokenizers import Tokenizer, models, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import heft_finetuning as heft
 
 
 def make_tokenizer(texts):
-    """Llama 2's rules on a small vocabulary: metaspace in front and for spaces, byte fallback, no
-    pre-tokenizer, BOS added, no pad token."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
-    words = sorted(
-        {piece for text in texts for word in text.split() for piece in (word, "▁" + word)}
-        | set("[]/INST<>:.\n")
-    )
-    tokenizer.train_from_iterator(
-        words,
-        trainers.BpeTrainer(
-            vocab_size=900,
-            special_tokens=["<unk>", "<s>", "</s>", *bytes_],
-            show_progress=False,
-            initial_alphabet=["▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ[]/<>:.\n"],
-        ),
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    """Llama 2's tokenizer (▁ for spaces and at the start, but not after a special token; other characters as
+    bytes; BOS added; no padding token) with a small vocabulary, made from these texts."""
+    # Pieces as the real vocabulary has them: words, <<, other signs, all with and without a space before.
+    pieces = [piece for text in texts for piece in re.findall(r"\w+|<<|>>|\S", text)]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = ["▁", *string.ascii_letters]
+    sizes = dict(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer = Tokenizer(models.BPE())
+    pieces += ["▁" + piece for piece in pieces]
+    tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(**sizes, show_progress=False))
+    trained = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    return LlamaTokenizer(trained["vocab"], merges, legacy=False, add_bos_token=True, padding_side="right")
 
 
 def make_tiny(folder, layers=4, train=45, validation=20, seed=0):
     """A random Llama with layers 0 to `layers` - 1 in folder/model, and toy BoolQ rows in folder/data."""
-    import random
-
-    rng = random.Random(seed)
+    rng, prompts = random.Random(seed), []
     (folder / "data").mkdir(parents=True)
-    texts = []
-    for split, n in (("train", train), ("validation", validation)):
+    for split, n in ("train", train), ("validation", validation):
         rows = [make.boolq(rng) for _ in range(n)]
-        texts += [heft.format_boolq(row)["prompt"] for row in rows]
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = make_tokenizer(texts + ["Yes No"] * 50)
+        prompts += [heft.format_boolq(row)["prompt"] for row in rows]
+        (folder / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer([*prompts, "Yes No"])
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
+    words = dict(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **words, initializer_range=0.1))
     # As the real chat model's: an evaluation that followed it would sample.
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
     model.save_pretrained(folder / "model")
@@ -92,6 +63,7 @@ def make_tiny(folder, layers=4, train=45, validation=20, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
+    """A folder with a tiny model and its data, as make_tiny writes them."""
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
@@ -102,24 +74,15 @@ def rows_of(folder, split):
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(
-        folder
-    )
+    """(model in float32, tokenizer)"""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def tiny_settings(tiny):
-    """Flags of a run on the tiny model, without the Hub."""
-    return [
-        "--base-model",
-        str(tiny / "model"),
-        "--dataset",
-        str(tiny / "data"),
-        "--dtype",
-        "float32",
-        "--reft-layer",
-        "2",
-        "--no-push-to-hub",
-    ]
+    """Flags of a run on the model and data in the folder `tiny`, without the Hub."""
+    flags = "--dtype float32 --reft-layer 2 --no-push-to-hub".split()
+    return ["--base-model", str(tiny / "model"), "--dataset", str(tiny / "data"), *flags]
 
 
 def start(folder, flags, script=ROOT / "heft_finetuning.py", **environment):

@@ -14,7 +14,6 @@ CALLS = {  # kind: pattern of the path with two groups, repository and rest
     "whoami": "/api/whoami-v2()()",
     "card": "/api/validate-yaml()()",
     "create": "/api/repos/create()()",
-    "auth": f"/api/models/{REPO}/auth-check(.*)",
     "preupload": f"/api/models/{REPO}/preupload/(.*)",
     "commit": f"/api/models/{REPO}/commit/(.*)",
     "tree": f"/api/models/{REPO}/tree/(.*)",
@@ -28,14 +27,15 @@ CALLS = {  # kind: pattern of the path with two groups, repository and rest
 class Hub:
     """`files[repo][path]` is what is stored; `calls` lists (method, kind); `refuse` maps kinds to refusals.
 
-    Kinds: whoami, create, auth, info, read, preupload, batch, upload, commit. Refusals: a status number,
-    "429" with Retry-After once, "cut" (the connection ends within the answer), "stall" (no answer for `stall`
-    seconds).
+    Kinds: those of CALLS; a list of files is a "tree". Refusals: a status number, "429" with Retry-After once
+    only, "cut" (the connection ends within the answer), "stall" (no answer for `stall` seconds). `before` is
+    called with the kind before each answer. Repositories may be of "tester" and of `organisations`.
     """
 
     def __init__(self):
         self.files, self.objects, self.private = {}, {}, {}
         self.calls, self.tokens, self.refuse, self.stall = [], set(), {}, 5
+        self.organisations, self.before = [], lambda kind: None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -67,6 +67,7 @@ class Hub:
                 path = unquote(self.path.split("?")[0])
                 kind, repo, rest = hub.what(self.command, path)
                 hub.calls.append((self.command, kind))
+                hub.before(kind)
                 token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
                 refusal = hub.refuse.get(kind)
                 if refusal == "429":
@@ -100,11 +101,15 @@ class Hub:
 
             def do_whoami(self, *_):
                 token = {"accessToken": {"role": "write"}}
-                self.answer(200, {"name": "tester", "type": "user", "auth": token, "orgs": []})
+                orgs = [{"name": name} for name in hub.organisations]
+                self.answer(200, {"name": "tester", "type": "user", "auth": token, "orgs": orgs})
 
             def do_create(self, repo, rest, body):
                 asked = json.loads(body)
-                repo = f"{asked.get('organization') or 'tester'}/{asked['name']}"
+                owner = asked.get("organization") or "tester"
+                if owner not in ("tester", *hub.organisations):
+                    return self.answer(403, {"error": f"You may not create repositories of {owner}"})
+                repo = f"{owner}/{asked['name']}"
                 if repo in hub.files:
                     error = "You already created this model repo"
                     return self.answer(409, {"error": error, "url": f"{hub.url}/{repo}"})
@@ -112,15 +117,10 @@ class Hub:
                 hub.private[repo] = asked.get("private", asked.get("visibility") == "private")
                 self.answer(200, {"url": f"{hub.url}/{repo}", "name": repo})
 
-            def do_auth(self, repo, *_):
-                if repo not in hub.files:
-                    return self.answer(404, {}, X_Error_Code="RepoNotFound")
-                self.answer(200, {})
-
             def do_info(self, repo, *_):
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-                info = {"id": repo, "modelId": repo, "private": True, "sha": "0" * 40}
+                info = {"id": repo, "modelId": repo, "private": True, "sha": hub.commit(repo)}
                 info["siblings"] = [{"rfilename": name} for name in hub.files[repo]]
                 self.answer(200, info | {"tags": [], "downloads": 0, "likes": 0})
 
@@ -135,10 +135,10 @@ class Hub:
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
                 if name not in hub.files[repo]:
-                    headers = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": "0" * 40}
+                    headers = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": hub.commit(repo)}
                     return self.answer(404, {"error": "Entry not found"}, **headers)
                 data = hub.files[repo][name]
-                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": "0" * 40}
+                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": hub.commit(repo)}
                 self.answer(200, data, **headers, Accept_Ranges="bytes")
 
             def do_preupload(self, repo, rest, body):
@@ -168,13 +168,18 @@ class Hub:
                         hub.files[repo][value["path"]] = base64.b64decode(value["content"])
                     elif line["key"] == "lfsFile":
                         hub.files[repo][value["path"]] = hub.objects[value["oid"]]
-                commit = {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repo}/commit/{'0' * 40}"}
-                self.answer(200, {"success": True} | commit | {"hookOutput": ""})
+                commit = hub.commit(repo)
+                url = f"{hub.url}/{repo}/commit/{commit}"
+                self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def commit(self, repo):
+        """The commit of a repository: 40 digits that follow from its files."""
+        return hashlib.sha1(repr(sorted(self.files[repo].items())).encode()).hexdigest()
 
     @staticmethod
     def what(method, path):

@@ -51,11 +51,11 @@ def optimize(parameters, forward, examples, per_forward, epochs, rate, seed, per
 
 def stage_1(model, tokenizer, rows, epochs, rate=2e-4, dropout=0.05, max_length=2048, seed=42):
     """LoRA on the whole text. Returns (PeftModel, losses)."""
-    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.eos_token
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
     texts = [f"{row['prompt']} {row['answer']}{tokenizer.eos_token}" for row in rows]
     size = dict(truncation=True, max_length=max_length, padding="max_length")
     examples = [tokenizer(text, **size) for text in texts]
-    # Labels are the tokens, without the padding and what equals it.
+    # Labels are the tokens, without the padding token: where that is EOS, the real EOS is left out, too.
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     set_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=dropout)
@@ -71,7 +71,7 @@ def stage_1(model, tokenizer, rows, epochs, rate=2e-4, dropout=0.05, max_length=
 
 def stage_2(model, tokenizer, rows, epochs, rate=2e-4, layer=15, max_length=2048, seed=42):
     """LoReFT at the last prompt token. Returns (ReftModel, losses)."""
-    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.eos_token
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
     size, examples = dict(truncation=True, max_length=max_length), []
     for row in rows:
         text = row["prompt"] + row["answer"] + tokenizer.eos_token

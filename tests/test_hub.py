@@ -1,472 +1,494 @@
-"""The Hub, spoken to over real HTTP on the loopback: what is pushed, what is reused, and how a Hub that
-fails is borne."""
+"""The Hub, spoken to over real HTTP on the loopback: what is pushed, what is reused, and how a Hub that fails
+is borne."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny, read_result, start, tiny_settings
 from hub_server import Hub
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import heft_finetuning as heft
 
 TOKEN = "hf_RecognisableFakeToken0123456789"
 LORA, REFT = "tester/lora-repo", "tester/reft-repo"
-FLAGS = [
-    "--epochs-lora",
-    "1",
-    "--epochs-reft",
-    "1",
-    "--push-to-hub",
-    "--hf-repo-lora",
-    "lora-repo",
-    "--hf-repo-refit",
-    "reft-repo",
-]
+ADAPTER = "adapter/adapter_model.safetensors"
+INTERVENTION = "intkey_layer_2_comp_block_output_unit_pos_nunit_1#0.bin"
+BASE_ON_HUB = "--no-push-to-hub --base-model tester/base"
+# Rates with which one step changes the answers; the paper's dtype.
+FLAGS = (
+    "--dtype bfloat16 --epochs-lora 1 --epochs-reft 1 --learning-rate-lora 0.003 --learning-rate-reft 0.2 "
+    "--push-to-hub --hf-repo-lora lora-repo --hf-repo-refit reft-repo"
+).split()
+
+
+def slow_case(*values):
+    """Parameters of a test that is slow with them."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("given"), train=20, validation=6)
+def tiny_data(tmp_path_factory):
+    """A model and data."""
+    return make_tiny(tmp_path_factory.mktemp("tiny_data"), train=20, validation=6)
+
+
+def new_hub():
+    hub = Hub()
+    hub.tokens.add(TOKEN)
+    return hub
 
 
 @pytest.fixture
 def hub():
-    hub = Hub()
-    hub.tokens.add(TOKEN)
+    """An empty Hub."""
+    hub = new_hub()
     yield hub
     hub.close()
 
 
-def hub_environment(hub, token=TOKEN):
+def hub_environment(hub):
     """What makes huggingface_hub speak to the tests' server."""
     local = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    return local | {"HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return local | {"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
-def run(hub, folder, given, *flags, token=TOKEN, timeout=300):
-    """Returns (exit status, output, errors); the token must be in neither, nor in any file."""
-    process = start(
-        folder,
-        [flag for flag in tiny_settings(given) if flag != "--no-push-to-hub"] + FLAGS + list(flags),
-        **hub_environment(hub, token),
-    )
-    out, err = process.communicate(timeout=timeout)
+def begin(hub, folder, tiny_data, *flags):
+    """Start a run in `folder`. The last of equal flags counts."""
+    return start(folder, [*tiny_settings(tiny_data), *FLAGS, *flags], **hub_environment(hub))
+
+
+def end_of(hub, folder, process):
+    """(exit status, output, errors); no traceback, and the token is in neither, nor in any file."""
+    out, err = process.communicate(timeout=600)
     assert "Traceback" not in err, err
     assert TOKEN not in out + err
-    for path in folder.rglob("*"):
-        if path.is_file():
-            assert TOKEN.encode() not in path.read_bytes(), path
-    for files in hub.files.values():
-        assert all(TOKEN.encode() not in data for data in files.values())
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    files += [data for repo in hub.files.values() for data in repo.values()]
+    assert not any(TOKEN.encode() in data for data in files)
     return process.returncode, out, err
 
 
-@pytest.fixture(scope="module")
-def filled(given, tmp_path_factory):
-    """A server that a run has pushed to, and that run's folder."""
-    hub, folder = Hub(), tmp_path_factory.mktemp("filled")
-    hub.tokens.add(TOKEN)
-    status, out, err = run(hub, folder, given)
+def run(hub, folder, tiny_data, *flags):
+    return end_of(hub, folder, begin(hub, folder, tiny_data, *flags))
+
+
+def finish(*arguments):
+    """Run to the good end; returns the output."""
+    status, out, err = run(*arguments)
     assert status == 0, out + err
+    return out
+
+
+def refusal_of(hub, folder, tiny_data, *flags):
+    """The line of a run that ends with status 2 before it has written anything."""
+    status, out, err = run(hub, folder, tiny_data, *flags)
+    assert status == 2 and err.startswith("heft: error: ") and err.count("\n") == 1, out + err
+    assert not (folder / "output").exists()
+    return err
+
+
+def error_line(err):
+    """The one line of an error."""
+    lines = err.replace("\x1b[A", "").splitlines()  # without cursor movements of the Hub's unfinished bars
+    (line,) = [line for line in lines if line.startswith("heft: error: ")]
+    return line
+
+
+def not_pushed(status, err):
+    """The one line that says what was not pushed, and with which command it is."""
+    line = error_line(err)
+    assert status == 1 and "heft: error: not pushed: " in line and "heft_finetuning.py --base-model" in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def pushed(tiny_data, tmp_path_factory):
+    """(a Hub that a run has pushed to, that run's folder). Tests leave both as they are."""
+    hub, folder = new_hub(), tmp_path_factory.mktemp("pushed")
+    finish(hub, folder, tiny_data)
     yield hub, folder
     hub.close()
 
 
-def download(hub, repo, folder):
-    for name, data in hub.files[repo].items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+@pytest.fixture
+def copied(pushed, hub, tmp_path):
+    """(a Hub, a folder): copies of them."""
+    hub.files = {repo: dict(files) for repo, files in pushed[0].files.items()}
+    return hub, shutil.copytree(pushed[1], tmp_path / "copied", ignore=shutil.ignore_patterns(".hf_home"))
 
 
-def test_what_is_pushed(filled):
-    hub, folder = filled
-    assert set(hub.files) == {LORA, REFT} and hub.private == {LORA: True, REFT: True}
-    assert {
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "heft.json",
-        "README.md",
-        "adapter/adapter_model.safetensors",
-        "adapter/adapter_config.json",
-    } <= hub.files[LORA].keys()
-    assert {"config.json", "heft.json", "README.md"} < hub.files[REFT].keys() and any(
-        name.startswith("intkey_") for name in hub.files[REFT]
-    )
-    assert not [
-        name
-        for files in hub.files.values()
-        for name in files
-        if "answers" in name or name == "lock" or "checkpoint" in name
-    ]
-    result, _ = read_result(folder)
-    card = hub.files[REFT]["README.md"].decode()
-    for expected in (
-        "base_model: model",
-        "LLAMA 2 Community License",
-        "EPOCHS_LORA",
-        "license:",
-        result["accuracy"],
-    ):
-        assert expected in card, expected
-    assert "LLAMA 2 Community" in hub.files[LORA]["README.md"].decode()
-    assert not list(folder.glob(".merged-*"))
+@pytest.fixture
+def finished(copied):
+    """(an empty Hub, the folder of a finished run)."""
+    copied[0].files.clear()
+    return copied
 
 
-def test_the_pushed_model_is_base_plus_adapter(filled, given, tmp_path):
-    import torch
-    from conftest import load
-    from peft import PeftModel
-
-    hub, folder = filled
-    download(hub, LORA, tmp_path)
-    pushed, tokenizer = load(tmp_path)
-    base, base_tokenizer = load(given / "model")
-    merged = PeftModel.from_pretrained(
-        base, next((folder / "output").glob("*/adapter_config.json")).parent
-    ).merge_and_unload()
-    for (name, a), (_, b) in zip(pushed.named_parameters(), merged.named_parameters()):
-        assert torch.equal(a, b), name
-    assert tokenizer("<s>does Anna")["input_ids"] == base_tokenizer("<s>does Anna")["input_ids"]
+# ----- What is pushed
 
 
-def test_the_pushed_model_keeps_the_base_models_files(filled, given):
-    """Tokenizer files as they are, and a configuration that generates with a cache, as the base model's."""
-    hub, _ = filled
-    names = [path.name for path in (given / "model").glob("token*")]
-    assert len(names) >= 2
-    for name in names:
-        assert hub.files[LORA][name] == (given / "model" / name).read_bytes(), name
-    for name in ("config.json", "generation_config.json"):
-        pushed, base = json.loads(hub.files[LORA][name]), json.loads((given / "model" / name).read_text())
-        assert {k: v for k, v in pushed.items() if k != "transformers_version"} == {
-            k: v for k, v in base.items() if k != "transformers_version"
-        }, name
-    assert json.loads(hub.files[LORA]["config.json"]).get("use_cache", True) is True
-
-
-@pytest.mark.parametrize("repo", [LORA, REFT])
-def test_the_snippet_on_the_card_runs_as_it_stands(filled, given, tmp_path, repo):
-    hub, _ = filled
-    card = hub.files[repo]["README.md"].decode()
-    assert str(given) not in card and LORA in card and REFT in card
-    (tmp_path / "snippet.py").write_text(re.search(r"```python\n(.*?)```", card, re.S).group(1))
-    environment = hub_environment(hub) | {"HF_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    command = [sys.executable, "snippet.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    expected = answer_of_the_pushed_model(hub, tmp_path)
-    assert done.stdout.splitlines()[-1] == expected and expected
-
-
-def answer_of_the_pushed_model(hub, folder):
-    """What the snippet should print, computed without generate() and without pyvene: greedy, the edit by
-    hand."""
+def test_what_is_pushed(pushed, tiny_data, tmp_path):
+    hub, folder = pushed
+    adapter = {ADAPTER, "adapter/adapter_config.json", "adapter/heft.json"}
+    own = {"config.json", "heft.json", "README.md"}
+    merged = {"model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(hub.files[LORA]) == adapter | own | merged
+    assert set(hub.files[REFT]) == adapter | own | {INTERVENTION}
+    assert hub.private == {LORA: True, REFT: True} and not list(folder.glob(".merged-*"))
     for repo in (LORA, REFT):
-        download(hub, repo, folder / repo)
-    model = AutoModelForCausalLM.from_pretrained(folder / LORA, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(folder / LORA)
-    state = torch.load(next((folder / REFT).glob("intkey_*.bin")))
-    rotation, weight, bias = state["rotate_layer"], state["weight"].bfloat16(), state["bias"].bfloat16()
-    prompt = heft.BOOLQ_PROMPT_TMPL % ("Ice is frozen water, and floats.", "is ice made of water")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    last = ids.shape[1] - 1
-
-    def edit(module, arguments, output):
-        hidden = (output[0] if isinstance(output, tuple) else output).clone()
-        h = hidden[:, last]
-        turned = (h.to(rotation.dtype) @ rotation).to(h.dtype)
-        offset = (torch.nn.functional.linear(h, weight, bias) - turned).to(rotation.dtype) @ rotation.T
-        hidden[:, last] = h + offset.to(h.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    model.model.layers[2].register_forward_hook(edit)
-    for _ in range(5):
-        with torch.no_grad():
-            token = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
-        ids = torch.cat([ids, token.view(1, 1)], 1)
-        if token == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[0, last + 1 :], skip_special_tokens=True)
-
-
-def test_a_repository_of_something_else_is_not_overwritten(hub, given, tmp_path):
-    hub.files[LORA] = {"README.md": b"mine", "model.safetensors": b"mine"}
-    status, _, err = run(hub, tmp_path, given)
-    assert status == 2 and f"{LORA} holds something else" in err and err.count("\n") == 1, err
-    assert hub.files[LORA] == {"README.md": b"mine", "model.safetensors": b"mine"}
-    assert REFT not in hub.files and not (tmp_path / "output").exists()
-
-
-@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"settings": 1}', b'{"a": 1}'])
-def test_a_foreign_record_is_told_before_training(hub, given, tmp_path, content):
-    hub.files[LORA] = {"heft.json": content}
-    status, _, err = run(hub, tmp_path, given)
-    assert status == 2 and err.count("\n") == 1 and not (tmp_path / "output").exists(), err
-    assert hub.files[LORA] == {"heft.json": content}
-
-
-@pytest.mark.parametrize("name", ["me/bad name", "a" * 97, "me/you/it", "-x"])
-def test_a_name_that_the_hub_does_not_allow(hub, given, tmp_path, name):
-    status, _, err = run(hub, tmp_path, given, f"--hf-repo-lora={name}")
-    assert status == 2 and err.count("\n") == 1 and name in err and not (tmp_path / "output").exists(), err
-
-
-def test_one_repository_for_both_stages_is_a_mistake(hub, given, tmp_path):
-    status, _, err = run(hub, tmp_path, given, "--hf-repo-refit", "lora-repo")
-    assert status == 2 and "both stages" in err and err.count("\n") == 1 and not hub.files, err
-
-
-def test_long_names_are_shortened_to_something_stable(hub, given, tmp_path):
-    flags = [
-        "--hf-repo-lora",
-        "",
-        "--hf-repo-refit",
-        "",
-        "--max-train-samples",
-        "19",
-        "--max-eval-samples",
-        "5",
-    ]
-    flags += [
-        "--learning-rate-lora",
-        "0.00123456",
-        "--learning-rate-reft",
-        "0.00123456",
-        "--max-new-tokens",
-        "6",
-    ]
-    status, out, err = run(hub, tmp_path, given, *flags)
-    assert status == 0, out + err
-    names = {repo.split("/")[1] for repo in hub.files}
-    assert len(names) == 2 and 90 < max(map(len, names)) <= 96
-    status, out, err = run(hub, tmp_path, given, *flags)
-    assert status == 0 and "already done" in out and {repo.split("/")[1] for repo in hub.files} == names
-
-
-def test_stages_that_others_pushed_in_the_meantime_are_not_overwritten(hub, given, tmp_path):
-    """Two rows of Table 1 share stage 1: the second to finish does not replace what the first has pushed."""
-    for place in ("one", "two"):
-        flags = ["--no-push-to-hub"] if place == "two" else []
-        status, out, err = run(hub, tmp_path / place, given, *flags)
-        assert status == 0, out + err
-    (record,) = (tmp_path / "two/output").glob("lora1-model-*/heft.json")
-    weights = record.with_name("adapter_model.safetensors")
-    weights.write_bytes(weights.read_bytes() + b"0")  # as another GPU would have made it
-    changed = json.loads(record.read_text())
-    changed["settings"]["WEIGHTS"] = heft.digest(weights)
-    record.write_text(json.dumps(changed))
-    for path in (tmp_path / "two/results").iterdir():
-        path.unlink()
-    before = dict(hub.files[LORA])
-    status, _, err = run(hub, tmp_path / "two", given)
-    assert status == 2 and "weights" in err and hub.files[LORA] == before, err
-
-
-def test_a_result_of_other_weights_than_the_hubs_is_not_called_done(hub, given, tmp_path):
-    """As when two machines have trained the same, and one has pushed."""
-    for flags in ([], ["--no-push-to-hub"]):
-        status, out, err = run(hub, tmp_path / f"{len(flags)}", given, *flags)
-        assert status == 0, out + err
-    (file,) = (tmp_path / "1/results").glob("*.json")
-    result = json.loads(file.read_text())
-    result["settings"]["STAGE_2"] = "other"
-    file.write_text(json.dumps(result))
-    status, out, err = run(hub, tmp_path / "1", given)
-    assert status == 2 and "stage_2 'other'" in err and "already done" not in out, out + err
-
-
-def test_a_second_run_finds_stage_1_on_the_hub(filled, given, tmp_path):
-    hub, folder = filled
-    status, out, err = run(hub, tmp_path, given)
-    assert status == 0 and f"stage 1 is finished in the Hub repository {LORA}" in out, out + err
-    assert "stage 2 is finished" in out, "the intervention on the Hub is the one that is evaluated"
-    assert "trainable parameters" not in out
-    first, second = read_result(folder), read_result(tmp_path)
-    assert (
-        first[1] == second[1]
-        and first[0]["loss"] == second[0]["loss"]
-        and first[0]["accuracy"] == second[0]["accuracy"]
+        card = hub.files[repo]["README.md"].decode()
+        assert read_result(folder)[0]["accuracy"] in card and "\nbase_model: model\n" in card
+        assert str(folder.parent) not in card and len(card.splitlines()) < 25
+        for name, data in hub.files[repo].items():
+            (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / repo / name).write_bytes(data)
+    model, base = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        for folder in (tmp_path / LORA, tiny_data / "model")
     )
+    base = PeftModel.from_pretrained(base, tmp_path / REFT / "adapter").merge_and_unload()
+    for (name, a), (_, b) in zip(model.named_parameters(), base.named_parameters()):
+        assert torch.equal(a, b), name
+    # The base model's own files, and a configuration that generates with a cache, as its does
+    for name in merged - {"model.safetensors"} | {"config.json"}:
+        ours, theirs = json.loads(hub.files[LORA][name]), json.loads((tiny_data / "model" / name).read_text())
+        may_differ = {"transformers_version": "", "dtype": ""}
+        assert ours | may_differ == theirs | may_differ, name
 
 
-@pytest.mark.parametrize("repo, name", [(LORA, "adapter/adapter_model.safetensors"), (REFT, "intkey")])
-def test_weights_on_the_hub_that_are_not_those_of_their_record_are_refused(
-    filled, given, tmp_path, repo, name
-):
-    hub, _ = filled
-    (name,) = [file for file in hub.files[repo] if file.startswith(name)]
-    data = hub.files[repo][name]
-    hub.files[repo][name] = data + b"0"
-    try:
-        status, out, err = run(hub, tmp_path, given)
-    finally:
-        hub.files[repo][name] = data
-    assert status == 2 and repo in err and "weights" in err and err.count("\n") == 1, (out, err)
-    assert "trainable parameters" not in out
+def test_owner_name_and_licence(pushed, hub, tiny_data, tmp_path):
+    """An organisation owns the repository, whose name is the run's. The licence is that of the base model."""
+    for files in pushed[0].files.values():
+        card = files["README.md"].decode()
+        assert "\nlicense: other\n" in card and "llama" not in card.lower()
+    hub.organisations.append("someorg")
+    shutil.copytree(tiny_data / "model", tmp_path / "Llama-2-7b")
+    flags = "--base-model Llama-2-7b --hf-user someorg --hf-repo-refit= --epochs-lora 0"
+    finish(hub, tmp_path, tiny_data, *flags.split(), "--learning-rate-reft", "2e-4")
+    repo = "someorg/heft-lora0-reft1-Llama_2_7b-on_data-reft_layer2"
+    assert hub.private == {repo: True} and "\nlicense: llama2\n" in hub.files[repo]["README.md"].decode()
+    assert ADAPTER not in hub.files[repo], "there is no stage 1"
 
 
-def test_other_settings_refuse_to_reuse_it(filled, given, tmp_path):
-    hub, _ = filled
-    before = json.dumps({repo: sorted(files) for repo, files in hub.files.items()})
-    status, out, err = run(hub, tmp_path, given, "--seed", "7")
-    assert status == 2 and LORA in err and "seed 42, not 7" in err and err.count("\n") == 1
-    assert (
-        json.dumps({repo: sorted(files) for repo, files in hub.files.items()}) == before
-        and not (tmp_path / "output").exists()
-    )
+def test_long_names_are_shortened_to_something_stable():
+    name = "lora1-reft1-" + "-".join(f"a_setting{number}" for number in range(20))
+    short = [heft.hub_name(name), heft.hub_name(name + "1"), heft.hub_name(name)]
+    assert short[0] == short[2] != short[1] and all(90 < len(name) <= 96 for name in short)
 
 
-def test_names_come_from_the_tokens_owner_and_the_run(hub, given, tmp_path):
-    status, out, err = run(hub, tmp_path, given, "--hf-repo-lora", "", "--hf-repo-refit", "")
-    assert status == 0, out + err
-    assert set(hub.files) == {
-        "tester/heft-lora1-model-on_data-dtype_float32",
-        "tester/heft-lora1-reft1-model-on_data-reft_layer2-dtype_float32",
-    }
+# ----- Several jobs, one repository
+
+CHECK = """
+import json
+from pathlib import Path
+from transformers import AutoTokenizer
+tokenizer, texts = AutoTokenizer.from_pretrained("model"), []
+for prompt in json.loads(Path("prompts.json").read_text()):
+    ids = tokenizer(prompt, return_tensors="pt")
+    greedy = dict(max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    if "reft_model" in globals():
+        last = {"base": ids["input_ids"].shape[1] - 1}
+        output = reft_model.generate(dict(ids), unit_locations=last, intervene_on_prompt=True, **greedy)[1]
+    else:
+        output = model.generate(**ids, **greedy)
+    texts.append(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+print(json.dumps(texts))
+"""
 
 
-@pytest.mark.parametrize("refusal, kind", [(401, "whoami"), (403, "create"), (403, "auth")])
-def test_a_token_that_may_not_is_told_before_training(hub, given, tmp_path, refusal, kind):
-    hub.refuse[kind] = refusal
-    status, out, err = run(hub, tmp_path, given)
-    assert status == 2 and err.count("\n") == 1 and "HF_TOKEN" in err and "--no-push-to-hub" in err, err
-    assert not (tmp_path / "output").exists()
+def texts_by_the_card(hub, repo, tiny_data, folder):
+    """The answers to the validation questions by the program on the card, run as it stands in `folder`, where
+    the base model is a folder of its name."""
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(tiny_data / "model")
+    rows = map(json.loads, (tiny_data / "data/validation.jsonl").read_text().splitlines())
+    (folder / "prompts.json").write_text(json.dumps([heft.format_boolq(row)["prompt"] for row in rows]))
+    program = re.search(r"```python\n(.*?)```", hub.files[repo]["README.md"].decode(), re.S).group(1)
+    (folder / "card.py").write_text(program + CHECK)
+    environment = os.environ | hub_environment(hub) | {"HF_HOME": str(folder / ".hf_home")}
+    command = [sys.executable, "card.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_an_unknown_token_is_told_before_training(hub, given, tmp_path):
-    hub.tokens.clear()
-    status, _, err = run(hub, tmp_path, given)
-    assert status == 2 and err.count("\n") == 1 and "HF_TOKEN" in err
+def other_bits(data):
+    """Weights as another GPU would have made them."""
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def matrix(refusals, kinds, quick):
-    """All pairs; those not in `quick` are slow: huggingface_hub repeats some calls for half a minute."""
-    return pytest.mark.parametrize(
-        "refusal, kind",
-        [
-            pytest.param(r, k, marks=[] if (r, k) in quick else pytest.mark.slow)
-            for r in refusals
-            for k in kinds
-        ],
-    )
+def check_usable(hub, tiny_data, tmp_path, runs):
+    """Both repositories can be used as their cards say, and the same commands again have nothing to do.
+
+    runs: flags by folder. Returns the names of the folders whose run gave the answers of a repository."""
+    makers = []
+    for repo in (LORA, REFT):
+        texts = texts_by_the_card(hub, repo, tiny_data, tmp_path / repo)
+        weights = json.loads(hub.files[repo]["heft.json"])["weights"]
+        for folder in runs:
+            result, predictions = read_result(tmp_path / folder)
+            if weights == (result["settings"]["STAGE_2"] or result["settings"]["STAGE_1"]):
+                same = sum(text == row["text"] for text, row in zip(texts, predictions))
+                assert same >= 4, "of 6: in bfloat16, a question rounds otherwise in a batch than alone"
+                makers.append(folder)
+    for folder, flags in runs.items():
+        assert "already done" in finish(hub, tmp_path / folder, tiny_data, *flags)
+    return makers
 
 
-@matrix(
-    [401, 403, 404, 500, "cut"],
-    ["preupload", "batch", "upload", "commit"],
-    quick=[(403, "commit"), (404, "batch"), ("cut", "commit")],
-)
-def test_a_failing_upload_costs_nothing(hub, given, tmp_path, refusal, kind):
-    """The run finishes, names the repositories and the command; the same command pushes later, without
-    training again."""
-    hub.refuse[kind] = refusal
-    status, out, err = run(hub, tmp_path, given)
-    assert status == 1, out + err
-    err = err.replace("\x1b[A", "")  # a cursor movement of the Hub's unfinished bars
-    (line,) = [line for line in err.splitlines() if line.startswith("heft: error: not pushed")]
-    assert LORA in line and REFT in line and "heft_finetuning.py --base-model" in line
-    result, predictions = read_result(tmp_path)
-    assert len(predictions) == 6 and "heft.json" not in hub.files[LORA] and "heft.json" not in hub.files[REFT]
-    hub.refuse.clear()
-    status, out, err = run(hub, tmp_path, given)
-    assert (
-        status == 0 and "stage 1 is finished in output/" in out and "stage 2 is finished in output/" in out
-    ), out + err
-    assert "heft.json" in hub.files[LORA] and "heft.json" in hub.files[REFT]
-    assert read_result(tmp_path) == (result, predictions)
-    status, out, err = run(hub, tmp_path, given)
-    assert status == 0 and "already done" in out
+@pytest.mark.parametrize("epochs_reft, dtype", [("0", "bfloat16"), ("1", "float32")])
+def test_two_jobs_train_the_same_stage_1_at_once(hub, tiny_data, tmp_path, epochs_reft, dtype):
+    """Rows 1 + 0 or 1 + 1 of a sweep beside 1 + 1, on machines whose last bits differ, as other micro-batches
+    make them. Both find the Hub empty. The one that comes second pushes what the first has not."""
+    runs = {"one": f"--epochs-reft {epochs_reft}".split(), "two": "--tokens-per-microbatch 300".split()}
+    runs = {folder: ["--dtype", dtype, *flags] for folder, flags in runs.items()}
+    both_asked = threading.Event()
 
+    def pause_two(kind):
+        if kind == "tree" and hub.calls.count(("GET", "tree")) == 2:
+            two.send_signal(signal.SIGSTOP)
+            both_asked.set()
 
-@matrix([500, 404, "cut"], ["whoami", "create", "auth", "read"], quick=[(500, "whoami"), ("cut", "create")])
-def test_a_hub_that_is_down_at_the_start_does_not_stop_training(hub, given, tmp_path, refusal, kind):
-    if (refusal, kind) == (404, "read"):
-        pytest.skip("that is how a repository without a finished stage 1 answers")
-    if kind == "read":
-        hub.files[LORA] = {"heft.json": b"{}"}
-    hub.refuse[kind] = refusal
-    status, out, err = run(hub, tmp_path, given)
-    assert status in (0, 1) and ("does not answer now" in out), out + err
-    assert len(read_result(tmp_path)[1]) == 6 and list(
-        (tmp_path / "output").glob("*/adapter_model.safetensors")
-    )
-    if status == 1:
-        assert "not pushed" in err
-
-
-def test_too_many_requests_are_waited_for(hub, given, tmp_path):
-    hub.refuse["commit"] = "429"
-    status, out, err = run(hub, tmp_path, given)
-    assert status in (0, 1), out + err
-    if status == 1:  # huggingface_hub does not repeat a commit: it must be told
-        assert "not pushed" in err and "429" in err
-    status, out, err = run(hub, tmp_path, given)
-    assert status == 0 and "heft.json" in hub.files[LORA], out + err
+    hub.before = pause_two
+    two = begin(hub, tmp_path / "two", tiny_data, *runs["two"])
+    assert both_asked.wait(timeout=300)
+    out = finish(hub, tmp_path / "one", tiny_data, *runs["one"])
+    assert "left as it is" not in out
+    before = {repo: dict(files) for repo, files in hub.files.items()}
+    two.send_signal(signal.SIGCONT)
+    status, out, err = end_of(hub, tmp_path / "two", two)
+    assert status == 0 and "stage 1, LoRA: 4,096 trainable parameters" in out, out + err
+    settings = [read_result(tmp_path / folder)[0]["settings"] for folder in runs]
+    assert settings[0]["STAGE_1"] != settings[1]["STAGE_1"], "the same adapter: the test tests nothing"
+    assert f"{LORA} has stage 1, LoRA of the same settings from another run: left as it is" in out
+    assert out.count("left as it is") == len(before) and out.count("pushing ") == 2 - len(before)
+    assert before == {repo: hub.files[repo] for repo in before}
+    makers = ["one", "two"] if epochs_reft == "0" else ["one"]
+    assert check_usable(hub, tiny_data, tmp_path, runs) == makers
 
 
 @pytest.mark.slow
-def test_a_stalled_hub_is_given_up(hub, given, tmp_path):
-    hub.refuse["commit"], hub.stall = "stall", 200
-    status, out, err = run(hub, tmp_path, given, timeout=500)
-    assert status == 1 and err.count("not pushed") == 1 and LORA in err and REFT in err, out + err
-    assert len(read_result(tmp_path)[1]) == 6
+def test_two_jobs_push_at_the_same_moment(hub, tiny_data, tmp_path):
+    runs = {"one": [], "two": ["--tokens-per-microbatch", "300"]}
+    both = threading.Barrier(2, timeout=300)
+    hub.before = lambda kind: both.wait() if kind == "create" and not hub.files else None
+    jobs = {folder: begin(hub, tmp_path / folder, tiny_data, *flags) for folder, flags in runs.items()}
+    for folder, job in jobs.items():
+        status, out, err = end_of(hub, tmp_path / folder, job)
+        assert status == 0, out + err
+    assert len(check_usable(hub, tiny_data, tmp_path, runs)) == 1
 
 
-def test_gated_model_without_access(hub, given, tmp_path):
-    hub.files["meta-llama/Llama-2-7b-chat-hf"] = {"config.json": b"{}"}
-    hub.refuse["read"] = 403
-    status, _, err = run(hub, tmp_path, given, "--base-model", "meta-llama/Llama-2-7b-chat-hf")
-    assert (
-        status == 2
-        and "ask for it at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf" in err
-        and err.count("\n") == 1
-    )
+@pytest.mark.parametrize("stage_1", ["gone", "another twin", slow_case("emptied"), slow_case("there")])
+def test_a_stage_2_on_the_hub_is_used_with_its_own_adapter(copied, tiny_data, tmp_path, stage_1):
+    """Whatever became of the repository of stage 1."""
+    hub, folder = copied
+    twin = dict(hub.files[LORA])
+    twin[ADAPTER] = other_bits(twin[ADAPTER])
+    record = json.loads(twin["heft.json"]) | {"weights": hashlib.sha256(twin[ADAPTER]).hexdigest()[:16]}
+    twin["heft.json"] = twin["adapter/heft.json"] = json.dumps(record).encode()
+    files = {"emptied": {".gitattributes": b""}, "another twin": twin, "there": hub.files.pop(LORA)}
+    hub.files |= {LORA: dict(files[stage_1])} if stage_1 in files else {}
+    out = finish(hub, tmp_path / "new", tiny_data)
+    assert "stage 1, LoRA is finished" in out and "stage 2, LoReFT is finished" in out
+    assert "trainable parameters" not in out
+    (result, predictions), (expected, same) = read_result(tmp_path / "new"), read_result(folder)
+    assert predictions == same and result["loss"] == expected["loss"]
+    assert all(result["settings"][key] == expected["settings"][key] for key in ("STAGE_1", "STAGE_2"))
+    if stage_1 == "another twin":
+        assert hub.files[LORA] == twin
+    else:
+        assert hub.files[LORA][ADAPTER] == hub.files[REFT][ADAPTER]
 
 
-def test_a_base_model_on_the_hub_is_read_from_there(hub, given, tmp_path):
-    hub.files["tester/base"] = {path.name: path.read_bytes() for path in (given / "model").iterdir()}
-    status, out, err = run(hub, tmp_path, given, "--base-model", "tester/base", "--no-push-to-hub")
-    assert status == 0, out + err
-    assert read_result(tmp_path)[0]["settings"]["BASE_VERSION"] == "0" * 40
+# ----- What is refused before training
+
+FOREIGN = {"README.md": b"mine", "model.safetensors": b"mine"}
+REFUSED = {  # (what stage 1's repository holds, flags, words of the one line)
+    "something else": (FOREIGN, "", f"{LORA} holds something else"),
+    "a record of another program": ({"heft.json": b'{"settings": 1}'}, "", f"{LORA} is damaged or not"),
+    "a damaged record": ({"heft.json": b"{"}, "", f"{LORA} is damaged or not"),
+    "a name of three parts": (None, "--hf-repo-lora me/you/it", "me/you/it"),
+    "a long name": (None, "--hf-repo-lora " + "a" * 97, "a" * 97),
+    "a name with a dash in front": (None, "--hf-repo-lora=-x", "-x"),
+    "one repository for both stages": (None, "--hf-repo-refit lora-repo", "both stages"),
+    "a base model that does not exist": (None, BASE_ON_HUB, "tester/base"),
+}
+QUICK = ["something else", "a record of another program", "a name of three parts"]
 
 
-@pytest.mark.parametrize("kind", ["info", pytest.param("read", marks=pytest.mark.slow)])
-def test_a_base_model_that_the_hub_cannot_give_now_is_no_mistake(hub, given, tmp_path, kind):
-    hub.files["tester/base"] = {path.name: path.read_bytes() for path in (given / "model").iterdir()}
-    hub.refuse[kind] = 500
-    status, _, err = run(hub, tmp_path, given, "--base-model", "tester/base", "--no-push-to-hub")
-    lines = [line for line in err.splitlines() if line.startswith("heft: error: ")]
-    assert status == 1 and len(lines) == 1 and "tester/base" in lines[0], err
+@pytest.mark.parametrize("case", [case if case in QUICK else slow_case(case) for case in REFUSED])
+def test_refused(hub, tiny_data, tmp_path, case):
+    files, flags, words = REFUSED[case]
+    hub.files = {LORA: files} if files else {}
+    assert words in refusal_of(hub, tmp_path, tiny_data, *flags.split())
+    assert hub.files == ({LORA: files} if files else {})
 
 
-def test_a_base_model_that_does_not_exist_is_a_mistake(hub, given, tmp_path):
-    status, _, err = run(hub, tmp_path, given, "--base-model", "tester/nothing", "--no-push-to-hub")
-    assert status == 2 and "tester/nothing" in err and err.count("\n") == 1, err
+def test_a_repository_of_other_settings_is_refused(copied, tiny_data, tmp_path):
+    line = refusal_of(copied[0], tmp_path / "new", tiny_data, "--seed", "7")
+    assert LORA in line and "seed 42, not 7" in line
 
 
-def test_a_network_that_is_down_is_no_mistake(given, tmp_path):
-    flags = [*tiny_settings(given), "--epochs-lora", "0", "--epochs-reft", "0"]
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    for flag in ("--base-model", "--dataset"):
-        process = start(tmp_path, [*flags, flag, "tester/nothing"], **nowhere)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 1 and "tester/nothing" in err and "Traceback" not in err, err
+def test_a_token_that_is_not_valid(hub, tiny_data, tmp_path):
+    hub.tokens = {"hf_another"}
+    line = refusal_of(hub, tmp_path, tiny_data)
+    assert "set HF_TOKEN to a valid token" in line and "--no-push-to-hub" in line
 
 
-def test_no_token_is_needed_without_the_hub(given, tmp_path):
-    process = start(
-        tmp_path,
-        tiny_settings(given) + ["--epochs-lora", "0", "--epochs-reft", "0"],
-        HF_ENDPOINT="http://127.0.0.1:9",
-        HF_TOKEN=TOKEN,
-    )
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and TOKEN not in out + err
+@pytest.mark.parametrize(
+    "repo, name, epochs_reft",
+    [(REFT, ADAPTER, "1"), slow_case(LORA, ADAPTER, "0"), slow_case(REFT, INTERVENTION, "1")],
+)
+def test_weights_of_another_record(copied, tiny_data, tmp_path, repo, name, epochs_reft):
+    """The weights on the Hub are not those that heft.json beside them describes."""
+    hub, _ = copied
+    hub.files[repo][name] = other_bits(hub.files[repo][name])
+    status, out, err = run(hub, tmp_path / "new", tiny_data, "--epochs-reft", epochs_reft)
+    assert status == 2 and Path(name).name in err and err.count("\n") == 1, out + err
+    assert "trainable parameters" not in out
+
+
+# ----- What fails at the end
+
+
+def times_out(refusals, kinds, quick):
+    """All pairs; those not in `quick` are slow: huggingface_hub repeats some calls for half a minute."""
+    pairs = [(refusal, kind) for refusal in refusals for kind in kinds]
+    return pytest.mark.parametrize("refusal, kind", [p if p in quick else slow_case(*p) for p in pairs])
+
+
+@times_out(
+    [401, 403, 404, 500, "429", "cut", "stall"],
+    ["create", "preupload", "batch", "upload", "commit"],
+    quick=[(403, "create"), (403, "commit"), ("cut", "upload")],
+)
+def test_a_refusal_at_the_end_costs_nothing(finished, tiny_data, refusal, kind):
+    """One line with the repositories and the command, which pushes later, without training again."""
+    hub, folder = finished
+    before = read_result(folder)
+    hub.refuse[kind], hub.stall = refusal, 200
+    status, out, err = run(hub, folder, tiny_data)
+    if refusal == "429":  # only once: huggingface_hub repeats some calls, not all
+        assert status in (0, 1)
+    else:
+        line = not_pushed(status, err)
+        assert LORA in line and REFT in line
+        assert not any("heft.json" in files for files in hub.files.values())
+    hub.refuse.clear()
+    finish(hub, folder, tiny_data)
+    assert all("heft.json" in hub.files[repo] for repo in (LORA, REFT)) and read_result(folder) == before
+
+
+def changed(pattern):
+    """A function that changes such files of a run, as when another job's files come home to its folders."""
+
+    def change(hub, folder):
+        for path in (folder / "output").rglob(pattern):
+            path.write_bytes(other_bits(path.read_bytes()))
+
+    return change
+
+
+BEFORE_THE_PUSH = {  # (what happens when the run is about to push, words of the one line, what is pushed)
+    "something else": (
+        lambda hub, _: hub.files.update({LORA: FOREIGN}),
+        f"{LORA} holds something else",
+        [REFT],
+    ),
+    "another adapter": (changed("adapter_model.safetensors"), "has changed", []),
+    "another intervention": (changed("intkey_*"), "has changed", [LORA]),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_THE_PUSH)
+def test_a_push_checks_what_is_there(finished, tiny_data, case):
+    """A foreign repository is left as it is. Weights are those of their record, or they are not pushed."""
+    (hub, folder), (action, words, pushed) = finished, BEFORE_THE_PUSH[case]
+    tree = ("GET", "tree")  # asked for twice at the start, then before each push
+    hub.before = lambda kind: action(hub, folder) if kind == "tree" and hub.calls.count(tree) == 3 else None
+    status, out, err = run(hub, folder, tiny_data)
+    assert words in not_pushed(status, err), out + err
+    assert [repo for repo in (LORA, REFT) if "heft.json" in hub.files.get(repo, ())] == pushed
+    assert hub.files.get(LORA) == FOREIGN or case != "something else"
+
+
+@pytest.mark.parametrize("stage", [slow_case("STAGE_1"), "STAGE_2"])
+def test_a_result_of_other_weights_is_not_pushed_with_these(finished, tiny_data, stage):
+    hub, folder = finished
+    (file,) = (folder / "results").glob("*[0-9].json")
+    result = json.loads(file.read_text())
+    result["settings"][stage] = "other"
+    file.write_text(json.dumps(result))
+    status, out, err = run(hub, folder, tiny_data)
+    line = not_pushed(status, err)
+    assert f"{file.relative_to(folder)} is the result of other weights" in line
+    assert not any("heft.json" in files for files in hub.files.values())
+
+
+# ----- A Hub that cannot be reached
+
+
+@times_out([429, 500, "cut"], ["whoami", "tree"], quick=[("cut", "tree")])
+def test_a_hub_that_is_down_at_the_start_does_not_stop_training(hub, tiny_data, tmp_path, refusal, kind):
+    """Back at the end, it gets what there is to push."""
+    hub.refuse[kind] = refusal
+    hub.before = lambda _: hub.refuse.clear() if list(tmp_path.glob("results/*.json")) else None
+    out = finish(hub, tmp_path, tiny_data)
+    assert out.count("the Hub is unreachable") == 1 and out.count("trainable parameters") == 2
+    assert all("heft.json" in hub.files[repo] for repo in (LORA, REFT))
+
+
+def test_a_hub_that_is_down_when_the_result_is_finished(finished, tiny_data):
+    hub, folder = finished
+    hub.refuse["whoami"] = 500
+    status, out, err = run(hub, folder, tiny_data)
+    line = error_line(err)
+    assert status == 1 and "the Hub is unreachable" in line and "the same command pushes later" in line
+
+
+# ----- Models and data on the Hub
+
+
+def test_gated_model_without_access(hub, tiny_data, tmp_path):
+    name = "meta-llama/Llama-2-7b-chat-hf"
+    hub.files[name], hub.refuse["read"] = {"config.json": b"{}"}, 403
+    line = refusal_of(hub, tmp_path, tiny_data, "--base-model", name)
+    assert f"request access at https://huggingface.co/{name}" in line
+
+
+@pytest.mark.parametrize("down", [None, slow_case("info"), slow_case("read")])
+def test_a_base_model_on_the_hub(hub, tiny_data, tmp_path, down):
+    """It is read from there. A Hub that cannot give it now is no mistake of the user."""
+    hub.files["tester/base"] = {path.name: path.read_bytes() for path in (tiny_data / "model").iterdir()}
+    hub.refuse[down] = 500
+    status, out, err = run(hub, tmp_path, tiny_data, *BASE_ON_HUB.split())
+    if down:
+        assert status == 1 and "tester/base" in error_line(err)
+    else:
+        assert status == 0, out + err
+        assert read_result(tmp_path)[0]["settings"]["BASE_VERSION"] == hub.commit("tester/base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["", "--base-model", "--dataset"])
+def test_a_network_that_is_down_is_no_mistake(tiny_data, tmp_path, flag):
+    """And what is in folders needs no network."""
+    flags = [*tiny_settings(tiny_data), *"--epochs-lora 0 --epochs-reft 0".split()]
+    flags += [flag, "tester/nothing"] if flag else []
+    process = start(tmp_path, flags, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_TOKEN=TOKEN)
+    out, err = process.communicate(timeout=300)
+    assert TOKEN not in out + err and "Traceback" not in err
+    assert process.returncode == (1 if flag else 0) and ("tester/nothing" in err) == bool(flag), err

@@ -1,233 +1,296 @@
-"""Killed at any moment, the same command continues, and the result is that of an undisturbed run, bit for
-bit."""
+"""Interrupted at any moment, the same command continues, and the result is that of an undisturbed run, bit
+for bit."""
 
+import contextlib
+import fcntl
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
-import torch
 from conftest import ROOT, make_tiny, read_result, start, tiny_settings
 
-FLAGS = ["--epochs-lora", "3", "--epochs-reft", "3", "--tokens-per-microbatch", "300"]
+import heft_finetuning as heft
+
+FLAGS = "--epochs-lora 3 --epochs-reft 3 --tokens-per-microbatch 300".split()
+SCRIPT = str(ROOT / "heft_finetuning.py")
+STOPPED = {signal.SIGTERM: ("SIGTERM", 85), signal.SIGINT: ("Ctrl-C", 130)}  # its name, exit status
+KINDS = pytest.mark.parametrize("kind", [*STOPPED, signal.SIGKILL], ids=["SIGTERM", "SIGINT", "SIGKILL"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_is_heeded():
+    """A shell that starts the tests in the background has them, and so what they start, ignore Ctrl-C."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
 
 
 @pytest.fixture(scope="module")
-def longer(tmp_path_factory):
-    """A model and data whose run is long enough to be met in every part: 5 steps per epoch, 60 questions."""
-    return make_tiny(tmp_path_factory.mktemp("longer"), train=150, validation=60)
+def tiny_data(tmp_path_factory):
+    """A model and data: 2 steps per epoch, 6 questions."""
+    return make_tiny(tmp_path_factory.mktemp("tiny_data"), train=40, validation=6)
 
 
-def finish(folder, given, *flags):
-    process = start(folder, tiny_settings(given) + FLAGS + list(flags))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
+# A program that runs the script with something changed.
+DRIVER = """
+import os, runpy, sys, torch, transformers
+sys.argv[0] = {script!r}
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+{change}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Sends itself a signal within a step of a stage: LoRA trains 4,096 parameters, LoReFT 260.
+SIGNAL_IN_STEP = """
+step, seen = torch.optim.AdamW.step, []
+def step_and_signal(self, *arguments):
+    step(self, *arguments)
+    if sum(tensor.numel() for tensor in self.param_groups[0]["params"]) == {trainable}:
+        if self.state[self.param_groups[0]["params"][0]]["step"] == {number}:
+            os.kill(os.getpid(), {kind})
+torch.optim.AdamW.step = step_and_signal
+"""
+SIGNAL_IN_EVALUATION = """
+generate = transformers.GenerationMixin.generate
+def signal_and_generate(*arguments, **options):
+    os.kill(os.getpid(), {kind})
+    return generate(*arguments, **options)
+transformers.GenerationMixin.generate = signal_and_generate
+"""
+LORA, LOREFT = 4096, 260
+
+
+def begin(folder, tiny_data, *flags, change=None, **values):
+    """Start the run in `folder`, perhaps with a change of the program. Of equal flags, the last counts."""
+    script = SCRIPT
+    if change:
+        script = folder / "driver.py"
+        script.write_text(DRIVER.format(script=SCRIPT, change=change.format(**values)))
+    return start(folder, [*tiny_settings(tiny_data), *FLAGS, *flags], script=script)
+
+
+def end_of(process):
+    """(exit status, output, errors) of a process; there is never a traceback."""
+    out, err = process.communicate(timeout=600)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def finish(*arguments, **options):
+    """Run to the good end; returns the output."""
+    status, out, err = end_of(begin(*arguments, **options))
+    assert status == 0, out + err
     return out
+
+
+def is_refused(process):
+    """The one line of a process that ends with status 2."""
+    status, out, err = end_of(process)
+    assert status == 2 and err.startswith("heft: error: ") and err.count("\n") == 1, out + err
+    return err
 
 
 def outcome(folder):
     """All that a run is for: weights, losses, answers."""
     result, predictions = read_result(folder)
-    weights = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for pattern in ("*/adapter_model.safetensors", "*/intkey_*.bin")
-        for path in (folder / "output").glob(pattern)
-    }
-    assert len(weights) == 2
-    return (
-        weights,
-        result["loss"],
-        predictions,
-        {key: result[key] for key in ("accuracy", "settings", "confidence_interval_95")},
-    )
+    adapters = "lora3-model-*/adapter_model.safetensors", "*/adapter/adapter_model.safetensors"
+    files = [path for name in (*adapters, "*/intkey_*.bin") for path in (folder / "output").glob(name)]
+    weights = [path.read_bytes() for path in files]
+    assert len(weights) == 3 and weights[0] == weights[1], "stage 2 lies beside the adapter it was trained on"
+    keys = ("accuracy", "settings", "confidence_interval_95", "loss")
+    return weights, predictions, {key: result[key] for key in keys}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(longer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    started = time.time()
-    out = finish(folder, longer)
-    return outcome(folder), time.time() - started, out
+def undisturbed(tiny_data, tmp_path_factory):
+    """(outcome, seconds) of a run that nothing disturbs."""
+    folder, started = tmp_path_factory.mktemp("undisturbed"), time.time()
+    finish(folder, tiny_data)
+    return outcome(folder), time.time() - started
 
 
-def interrupt(process, kind):
-    process.send_signal(kind)
-    out, err = process.communicate(timeout=120)
-    return out, err
+@pytest.fixture(scope="module")
+def stopped(tiny_data, tmp_path_factory):
+    """The folder of a run that SIGTERM stopped in stage 2, after step 3. Tests use a copy."""
+    folder = tmp_path_factory.mktemp("stopped")
+    signalled = dict(kind=int(signal.SIGTERM), trainable=LOREFT, number=3)
+    status, out, err = end_of(begin(folder, tiny_data, change=SIGNAL_IN_STEP, **signalled))
+    assert status == 85, out + err
+    return folder
 
 
-def wait_for(process, condition, timeout=120):
-    started = time.time()
-    while not condition():
-        assert process.poll() is None and time.time() - started < timeout, process.communicate()
-        time.sleep(0.02)
+@pytest.fixture
+def stopped_copy(stopped, tmp_path):
+    """Its copy."""
+    return shutil.copytree(stopped, tmp_path / "stopped")
 
 
-def steps_saved(checkpoint):
-    """How many steps a checkpoint holds."""
-    return len(torch.load(checkpoint, weights_only=True)["loss"])
+def checkpoint_of(folder):
+    """The path of the checkpoint of stage 2."""
+    (checkpoint,) = (folder / "output").glob("lora3-reft3-*/checkpoint.pt")
+    return checkpoint
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("part", ["stage 1", "stage 2", "evaluation"])
-def test_interrupted_in(part, kind, longer, undisturbed, tmp_path):
-    output = tmp_path / "output"
-    file = {
-        "stage 1": "lora3-model-*/checkpoint.pt",
-        "stage 2": "lora3-reft3-*/checkpoint.pt",
-        "evaluation": "lora3-reft3-*/heft.json",
-    }[part]
-    process = start(tmp_path, tiny_settings(longer) + FLAGS)
-    wait_for(process, lambda: list(output.glob(file)))
-    out, err = interrupt(process, kind)
-    if kind == signal.SIGTERM:
-        assert process.returncode == 85, out + err
-        assert "Traceback" not in err
-        if part != "evaluation":
-            (checkpoint,) = output.glob(file)
-            assert f"stopped by SIGTERM at step {steps_saved(checkpoint)} of 15" in out, "no step is lost"
-    else:
-        assert process.returncode == -signal.SIGKILL
-    out = finish(tmp_path, longer)
-    assert ("stage 2 is finished" if part == "evaluation" else "resuming from output/") in out
-    assert outcome(tmp_path) == undisturbed[0]
+@KINDS
+def test_interrupted_in_both_stages_and_in_the_evaluation(kind, tiny_data, undisturbed, tmp_path):
+    """One run, interrupted three times; SIGTERM and Ctrl-C come in the last of a stage's 6 steps, too. After
+    SIGKILL, it goes on from the end of the epoch, and what it was writing is removed."""
+    steps = {signal.SIGTERM: (3, 6), signal.SIGINT: (6, 3), signal.SIGKILL: (3, 3)}[kind]
+    saved = [2 if kind == signal.SIGKILL else step for step in steps]
+    moments = [
+        (SIGNAL_IN_STEP, LORA, steps[0]),
+        (SIGNAL_IN_STEP, LOREFT, steps[1]),
+        (SIGNAL_IN_EVALUATION, 0, 0),
+    ]
+    name, expected = STOPPED.get(kind, ("", -kind))
+    for part, (change, trainable, step) in enumerate(moments):
+        signalled = dict(kind=int(kind), trainable=trainable, number=step)
+        status, out, err = end_of(begin(tmp_path, tiny_data, change=change, **signalled))
+        assert status == expected, out + err
+        if name and step:
+            assert f"stopped by {name} at step {step} of 6" in out, "no step is lost"
+        if part:
+            assert f"checkpoint.pt after step {saved[part - 1]}" in out
+        for checkpoint in tmp_path.glob("output/*/checkpoint.pt"):
+            assert not (checkpoint.parent / "heft.json").exists(), "that stage is not finished"
+            checkpoint.with_name("checkpoint.pt.1.tmp").write_bytes(checkpoint.read_bytes()[:100])
+    out = finish(tmp_path, tiny_data)
+    assert "stage 1, LoRA is finished" in out and "stage 2, LoReFT is finished" in out
+    assert outcome(tmp_path) == undisturbed[0] and not list(tmp_path.glob("output/**/*.tmp"))
 
 
-AT_THE_LAST_STEP = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import heft_finetuning as heft
-save = heft.save
-
-def save_and_be_told_to_stop(path, content):
-    save(path, content)
-    if path.name == "checkpoint.pt" and len(content["loss"]) == 15:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-heft.save = save_and_be_told_to_stop
-heft.main()
+DRAW_ANOTHER_ROTATION = """
+draw = torch.nn.init.orthogonal_
+torch.nn.init.orthogonal_ = lambda tensor, *gain: draw(tensor, *gain).data.neg_()
 """
 
 
-def test_stopped_in_the_last_step_of_a_stage(longer, undisturbed, tmp_path):
-    """Not swallowed: the run ends with 85 at the end of stage 1, and then at the end of stage 2."""
-    (tmp_path / "driver.py").write_text(AT_THE_LAST_STEP.format(root=str(ROOT)))
-    for stage in ("lora3-model-", "lora3-reft3-"):
-        process = start(tmp_path, tiny_settings(longer) + FLAGS, script=tmp_path / "driver.py")
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 85 and "at step 15 of 15" in out, out + err
-        (checkpoint,) = (tmp_path / "output").glob(f"{stage}*/checkpoint.pt")
-        assert steps_saved(checkpoint) == 15 and not (checkpoint.parent / "heft.json").exists()
-    finish(tmp_path, longer)
-    assert outcome(tmp_path) == undisturbed[0]
+def test_a_checkpoint_holds_the_base_of_the_rotation(tiny_data, undisturbed, stopped_copy):
+    """LoReFT's R is relative to its first value, a buffer. Elsewhere, the seed may draw another one."""
+    out = finish(stopped_copy, tiny_data, change=DRAW_ANOTHER_ROTATION)
+    assert "checkpoint.pt after step 3" in out and outcome(stopped_copy) == undisturbed[0]
+
+
+def test_a_checkpoint_of_stage_2_goes_on_with_its_own_adapter(tiny_data, undisturbed, stopped_copy):
+    """As when another job that trained the same stage 1 has sent home its folder, with other last bits."""
+    (record,) = (stopped_copy / "output").glob("lora3-model-*/heft.json")
+    weights = record.with_name("adapter_model.safetensors")
+    own = weights.read_bytes()
+    other = own[:-1] + bytes([own[-1] ^ 1])
+    weights.write_bytes(other)
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"weights": heft.digest(weights)}))
+    out = finish(stopped_copy, tiny_data)
+    assert "checkpoint.pt after step 3" in out and "stage 1, LoRA is finished" in out
+    assert weights.read_bytes() == other, "the other job's stage 1 is left as it is"
+    weights.write_bytes(own)
+    assert outcome(stopped_copy) == undisturbed[0]
+
+
+def test_a_checkpoint_of_other_micro_batches_is_refused(tiny_data, stopped_copy):
+    """Dropout would draw other masks."""
+    line = is_refused(begin(stopped_copy, tiny_data, "--tokens-per-microbatch", "2048"))
+    assert "checkpoint.pt was made with tokens_per_microbatch 300, not 2048" in line
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_checkpoint_of_other_settings_is_refused(tiny_data, stopped_copy):
+    folder = checkpoint_of(stopped_copy).parent
+    folder.rename(folder.with_name(folder.name + "-seed7"))
+    assert "seed 42, not 7" in is_refused(begin(stopped_copy, tiny_data, "--seed", "7"))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_refused(tiny_data, stopped_copy):
+    checkpoint = checkpoint_of(stopped_copy)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    assert "checkpoint.pt is damaged" in is_refused(begin(stopped_copy, tiny_data))
+
+
+@pytest.mark.slow
+@KINDS
 @pytest.mark.parametrize("moment", range(20))
-def test_interrupted_at_a_random_moment(moment, kind, longer, undisturbed, tmp_path):
+def test_interrupted_at_a_random_moment(moment, kind, tiny_data, undisturbed, tmp_path):
     """20 moments spread over the whole run, set-up and result writing among them."""
     delay = undisturbed[1] * (moment + random.Random(moment).random()) / 20
-    process = start(tmp_path, tiny_settings(longer) + FLAGS)
+    process = begin(tmp_path, tiny_data)
     try:
-        process.communicate(timeout=delay)
+        process.wait(timeout=delay)
     except subprocess.TimeoutExpired:
-        out, err = interrupt(process, kind)
-        assert process.returncode in (
-            {85, 0, -signal.SIGTERM} if kind == signal.SIGTERM else {-signal.SIGKILL, 0}
-        ), out + err
-        # -SIGTERM: in the first moments, before Python has read the line that says otherwise; nothing is
-        # there to be lost
-        assert process.returncode != -signal.SIGTERM or delay < 2
-    done = [steps_saved(path) for path in (tmp_path / "output").glob("*/checkpoint.pt")]
-    finish(tmp_path, longer)
+        process.send_signal(kind)
+    out, err = process.communicate(timeout=120)
+    expected = {0, STOPPED.get(kind, ("", -kind))[1]}
+    if not out:  # killed by the signal itself: while Python loads or, by Ctrl-C, while it loads the libraries
+        expected.add(-kind)
+    assert process.returncode in expected, out + err
+    out = finish(tmp_path, tiny_data)
     assert outcome(tmp_path) == undisturbed[0]
     if kind == signal.SIGKILL:  # a checkpoint at each epoch's end, so that at most one epoch is done twice
-        assert all(steps % 5 == 0 for steps in done)
+        assert all(int(step) % 2 == 0 for step in re.findall(r"after step (\d+)", out))
 
 
-def test_a_torn_checkpoint_is_not_used(longer, undisturbed, tmp_path):
-    process = start(tmp_path, tiny_settings(longer) + FLAGS)
-    wait_for(process, lambda: list((tmp_path / "output").glob("lora3-model-*/checkpoint.pt")))
-    interrupt(process, signal.SIGKILL)
-    (checkpoint,) = (tmp_path / "output").glob("lora3-model-*/checkpoint.pt")
-    checkpoint.with_name(".checkpoint.pt.tmp").write_bytes(
-        b"torn"
-    )  # as if it had died while writing the next
-    assert f"after step {steps_saved(checkpoint)} of 15" in finish(tmp_path, longer)
-    assert outcome(tmp_path) == undisturbed[0]
-
-
-def test_a_checkpoint_of_other_settings_is_refused(longer, tmp_path):
-    process = start(tmp_path, tiny_settings(longer) + FLAGS)
-    wait_for(process, lambda: list((tmp_path / "output").glob("lora3-model-*/checkpoint.pt")))
-    interrupt(process, signal.SIGKILL)
-    (folder,) = (path.parent for path in (tmp_path / "output").glob("lora3-model-*/checkpoint.pt"))
-    folder.rename(folder.with_name(folder.name + "-seed7"))
-    process = start(tmp_path, tiny_settings(longer) + FLAGS + ["--seed", "7"])
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "seed 42, not 7" in err and err.count("heft: error") == 1, err
-
-
-def test_two_runs_of_one_name_take_turns(longer, undisturbed, tmp_path):
-    """Started together, the second waits and then finds everything done; two that share stage 1 train it
-    once."""
-    twins = [start(tmp_path, tiny_settings(longer) + FLAGS) for _ in range(2)]
-    wait_for(twins[0], lambda: list((tmp_path / "output").glob("lora3-model-*/lock")))  # a twin has stage 1
-    sibling = start(tmp_path, tiny_settings(longer) + FLAGS + ["--epochs-reft", "0"])
-    outputs = []
-    for process in (*twins, sibling):
-        outputs.append(process.communicate(timeout=300))
-        assert process.returncode == 0, outputs[-1]
-    assert sum("stage 1, LoRA" in out for out, _ in outputs) == 1, "stage 1 is trained once"
-    assert sum("stage 2, LoReFT" in out for out, _ in outputs) == 1, "and so is stage 2"
-    assert sum("waiting for another run" in out or "already done" in out for out, _ in outputs[:2]) == 1
+def test_runs_of_one_name_take_turns(tiny_data, undisturbed, tmp_path):
+    """While one trains stage 1, two wait, of which one shares only that stage: each stage is trained once."""
+    paused = dict(kind=int(signal.SIGSTOP), trainable=LORA, number=3)
+    first = begin(tmp_path, tiny_data, change=SIGNAL_IN_STEP, **paused)
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    others = [begin(tmp_path, tiny_data), begin(tmp_path, tiny_data, "--epochs-reft", "0")]
+    for process in others:
+        assert any("waiting for another run, which holds " in line for line in process.stdout)
+    first.send_signal(signal.SIGCONT)
+    ends = [end_of(process) for process in (first, *others)]
+    assert [status for status, _, _ in ends] == [0, 0, 0], ends
+    assert sum("stage 1, LoRA: 4,096" in out for _, out, _ in ends) == 1
+    assert sum("stage 2, LoReFT: 260" in out for _, out, _ in ends) == 1
     for path in (tmp_path / "results").glob("lora3-reft0*"):
         path.unlink()
     assert outcome(tmp_path) == undisturbed[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(longer, tmp_path):
-    process = start(tmp_path, tiny_settings(longer) + FLAGS + ["--learning-rate-lora", "1e30"])
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in err
-    line = [line for line in err.splitlines() if line.startswith("heft: error: ")]
-    assert len(line) == 1 and "at step " in line[0] and "nan" in line[0]
+def test_a_lock_is_not_waited_for_for_ever(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(heft, "LOCK_SECONDS", 1)
+    with open(tmp_path / "lock", "w") as held, open(tmp_path / "lock", "w") as file:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(heft.Stop, match=f"{file.name}.*remove it") as stop:
+            heft.wait_for_lock(file)
+    assert stop.value.status == 1 and "waiting for another run" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
+    status, _, err = end_of(begin(tmp_path, tiny_data, "--learning-rate-lora", "1e30"))
+    (line,) = [line for line in err.splitlines() if line.startswith("heft: error: ")]
+    assert status == 1 and "step " in line and "nan" in line
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("full", ["output", "results"])
-def test_a_full_disk(full, longer, undisturbed, tmp_path):
-    """The disk fills up during a checkpoint, or while results are written: one clear line; with room, it
-    continues."""
+def test_a_full_disk(full, tiny_data, undisturbed, tmp_path):
+    """The disk fills up in stage 1, or before results are written: one clear line; with room, the same
+    command continues."""
     mount = tmp_path / full
     mount.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m" if full == "output" else "size=11m", "none", mount],
-        check=True,
-    )
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", mount], check=True)
     try:
-        process = start(tmp_path, tiny_settings(longer) + FLAGS)
-        if full == "output":
-            wait_for(process, lambda: list(mount.glob("lora3-model-*/checkpoint.pt")))
-        else:
-            wait_for(process, lambda: list((tmp_path / "output").glob("lora3-reft3-*/heft.json")))
+        change = SIGNAL_IN_STEP if full == "output" else SIGNAL_IN_EVALUATION
+        paused = dict(kind=int(signal.SIGSTOP), trainable=LORA, number=3)
+        process = begin(tmp_path, tiny_data, change=change, **paused)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         ballast = mount / "ballast"
-        with open(ballast, "wb", buffering=0) as file:
-            try:
-                while file.write(b"x" * 4096):
-                    pass
-            except OSError:
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
                 pass
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 1, out + err
-        lines = [line for line in err.splitlines() if line.startswith("heft: error: ")]
-        assert len(lines) == 1 and "the disk is full" in lines[0] and "Traceback" not in err, err
+        process.send_signal(signal.SIGCONT)
+        status, out, err = end_of(process)
+        (line,) = [line for line in err.splitlines() if line.startswith("heft: error: ")]
+        assert status == 1 and "the disk is full" in line and f"{full}/" in line, out + err
         ballast.unlink()
-        assert ("resuming" if full == "output" else "stage 2 is finished") in finish(tmp_path, longer)
+        assert not list(mount.glob("**/*.tmp")), "half a file would keep the disk full"
+        assert ("after step 2" if full == "output" else "LoReFT is finished") in finish(tmp_path, tiny_data)
         assert outcome(tmp_path) == undisturbed[0]
     finally:
         subprocess.run(["umount", mount], check=True)

@@ -91,16 +91,30 @@ def check(place, folder, reference, flags):
 @pytest.fixture(scope="module")
 def reference(tiny):
     """The paper's procedure on the tiny model: 45 examples, so that a step of 32 is followed by one of 13."""
-    return procedure(tiny / "model", tiny / "data", 2, (2e-2, 2e-2), layer=2, max_length=256)
+    return procedure(tiny / "model", tiny / "data", 2, (2e-2, 1e-1), layer=2, max_length=256)
 
 
 @pytest.mark.parametrize("tokens", [2048, 300, 64])  # 64 is less than the longest example
 def test_run_equals_the_listing(tiny, tmp_path, reference, tokens):
     flags = "--epochs-lora 2 --epochs-reft 2 --lora-dropout 0".split()
-    flags += f"--learning-rate-lora 2e-2 --learning-rate-reft 2e-2 --tokens-per-microbatch {tokens}".split()
+    flags += f"--learning-rate-lora 2e-2 --learning-rate-reft 1e-1 --tokens-per-microbatch {tokens}".split()
     assert len(reference["lora"]) == 4
     check(tmp_path, tiny / "model", reference, tiny_settings(tiny) + flags)
     check_updates(adapted(tmp_path, tiny / "model"), reference["update"])
+
+
+def test_losses_with_a_padding_token_of_its_own(tiny, tmp_path, reference):
+    """Stage 1 leaves out the padding token, and so not EOS, where the tokenizer has the first."""
+    model, tokenizer = load(tiny / "model")
+    tokenizer.pad_token = "<unk>"
+    shutil.copytree(tiny, tmp_path / "padding")
+    tokenizer.save_pretrained(tmp_path / "padding/model")
+    rows, options = rows_of(tiny / "data", "train"), dict(rate=2e-2, dropout=0.0, max_length=256)
+    _, losses = listing.stage_1(model, tokenizer, rows, 1, **options)
+    assert losses[0] != reference["lora"][0], "the padding token should matter in this test"
+    flags = "--epochs-lora 1 --epochs-reft 0 --lora-dropout 0 --learning-rate-lora 2e-2 --max-eval-samples 2"
+    result, _ = run_script(tmp_path, tiny_settings(tmp_path / "padding") + flags.split())
+    check_losses(result["loss"]["lora"], losses)
 
 
 @contextlib.contextmanager
@@ -168,26 +182,25 @@ def test_first_bfloat16_losses_are_near(tiny, tmp_path):
         check_losses(half["loss"][stage], full["loss"][stage], 2e-2)
 
 
-def test_what_the_tokens_are(tiny):
-    """Two BOS; " Yes" in stage 1 and "Yes" in stage 2; and each prompt's tokens do not depend on what
-    follows."""
+@pytest.mark.parametrize("padding", ["</s>", "<unk>"])  # Llama 2's in the paper, and one of its own
+def test_what_the_tokens_are(tiny, padding):
+    """Two BOS, and no ▁ after them; " Yes" in stage 1 and "Yes" in stage 2; no loss on the padding token of
+    stage 1; and each prompt's tokens do not depend on what follows."""
     _, tokenizer = load(tiny / "model")
-    rows = [
-        row | {"tokens": tokenizer(row["prompt"])["input_ids"]} for row in rows_of(tiny / "data", "train")
-    ]
+    tokenizer.pad_token = padding
+    encode, words = lambda text: tokenizer(text)["input_ids"], tokenizer.convert_ids_to_tokens
+    rows = [row | {"tokens": encode(row["prompt"])} for row in rows_of(tiny / "data", "train")]
     lora, reft = heft.training_examples(tokenizer, rows)
     assert len(lora) == len(reft) == len(rows)
     for row, whole, edited in zip(rows, lora, reft):
-        tokens, words = row["tokens"], tokenizer.convert_ids_to_tokens
-        assert words(tokens[:2]) == ["<s>", "<s>"] and tokens[2] != tokenizer.bos_token_id
-        assert whole["input_ids"] == tokenizer(f"{row['prompt']} {row['answer']}</s>")["input_ids"]
-        assert words(whole["input_ids"][len(tokens) :]) == ["▁" + row["answer"], "</s>"]
-        assert whole["labels"] == [*whole["input_ids"][:-1], heft.IGNORE]
-        assert (
-            edited["prefix"] + edited["input_ids"]
-            == tokenizer(f"{row['prompt']}{row['answer']}</s>")["input_ids"]
-        )
-        assert words(edited["input_ids"][1:]) == [row["answer"], "</s>"]
+        prompt, answer, n = row["prompt"], row["answer"], len(row["tokens"])
+        assert words(row["tokens"][:6]) == ["<s>", "<s>", "[", "INST", "]", "▁<<"]
+        assert whole["input_ids"] == encode(f"{prompt} {answer}</s>")
+        assert words(whole["input_ids"][n:]) == ["▁" + answer, "</s>"]
+        last = heft.IGNORE if padding == "</s>" else tokenizer.eos_token_id
+        assert whole["labels"] == [*whole["input_ids"][:-1], last]
+        assert edited["prefix"] + edited["input_ids"] == encode(f"{prompt}{answer}</s>")
+        assert words(edited["input_ids"][1:]) == [answer, "</s>"]
         assert edited["labels"] == [heft.IGNORE, *edited["input_ids"][1:]]
 
 
@@ -199,7 +212,8 @@ def test_memory_grows_with_the_microbatch_and_not_with_the_data(tmp_path):
         (place / "data/train.jsonl").write_text(rows * copies)  # the longest example stays the same
         flags = "--no-push-to-hub --dtype float32 --epochs-lora 1 --epochs-reft 1 --reft-layer 1".split()
         flags += ["--base-model", tmp_path / "model", "--dataset", place / "data"]
-        return run_script(place, flags + ["--tokens-per-microbatch", tokens])[0]["peak_memory_gb"]
+        result, _ = run_script(place, flags + ["--tokens-per-microbatch", tokens])
+        return max(result["peak_memory_gb"].values())
 
     # 32,000 words: the logits are what takes memory
     benchmark.make_model(tmp_path / "model", None, 2, 64, "float32")
