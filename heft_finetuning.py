@@ -313,10 +313,8 @@ def train(stage, module, forward, examples, peak_rate):
             rate = optimizer.param_groups[0]["lr"] = peak_rate * ((steps - step) / steps)
             loss = accumulate_gradients(forward, batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            where = f"{stage.title}, step {step + 1}: loss {loss}, gradient {norm}"
-            stop_if(
-                not (loss + norm).isfinite(), f"{where}: try a lower learning rate, or --dtype float32", 1
-            )
+            values = f"loss {loss}, gradient {norm} at step {step + 1}"
+            stop_if(not (loss + norm).isfinite(), f"{values}: try a lower rate, or --dtype float32", 1)
             optimizer.step()
             optimizer.zero_grad()
             record["loss"].append(loss.item())
@@ -422,9 +420,7 @@ def stage_2_loreft(model, stage, stage_1, examples):
     stage.decided_by["STAGE_1"] = weights_of(stage_1)
     with lock_unfinished(stage):
         if not stage.record:
-            below = (
-                stage.folder / "adapter"
-            )  # an intervention is used only with the adapter it was trained on
+            below = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
             if stage_1.epochs and stage_1.folder != below:
                 copy_stage(stage_1, below)
             examples, forward = from_last_prompt_token(model, reft_model, examples)

@@ -179,8 +179,8 @@ def claim(methods, a, b, short=False):
     word = word if found.interval else "has too few seeds to tell"
     time = f"{100 * methods[a].seconds / methods[b].seconds:.0f} %"
     mine, theirs = (f"{accuracy:.2f}" for accuracy in found.accuracies)
-    interval = f"95 % interval {found.ends}" if found.interval else "no interval"
-    points = f"{found.points:+.2f} points ({interval}, seeds: {found.seeds})"
+    interval = f"95 % interval {found.ends} over" if found.interval else "no interval from"
+    points = f"{found.points:+.2f} points ({interval} {found.seeds} seed{'s' * (found.seeds > 1)})"
     if short:
         return f"{a} takes {time} and {word}: {mine} %, {points}."
     return f"{a} takes {time} of the training time of {b} and {word}: {mine} against {theirs} %, {points}."
@@ -284,12 +284,12 @@ STYLE |= {"LoReFT": ("^", "#009E73", "#99D5C3")}  # distinct for the colour-blin
 
 
 def mark(axes, label, x, y, seeds=()):
-    """A large mark with its label, and a small one for each seed. Epochs are label enough for a pale one."""
-    family, epochs = label.split(" ", 1)
+    """A large mark with its label, and a small one for each seed. A pale one has a label of normal weight."""
+    family = label.split(" ", 1)[0]
     marker, color, pale = STYLE[family]
     style, text, weight = {"color": color, "zorder": 3}, label, "bold"
     if label not in ROWS:
-        style, text, weight = {"color": pale, "zorder": 2}, epochs.split(", ")[-1], "normal"
+        style, text, weight = {"color": pale, "zorder": 2}, label.split(", ")[-1], "normal"
     axes.plot(x, y, marker, ms=10, mec="white", **style)
     axes.plot([x] * len(seeds), seeds, marker, ms=5, mec="white", mew=0.7, **style)
     side = "right" if label in ("LoRA 3", "LoRA 20") else "left"  # so that labels seldom meet

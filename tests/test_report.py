@@ -130,7 +130,7 @@ FAR = [answers(10), answers(9, 1), answers(10)]  # ahead of LEVEL by 50, 30, 50 
             AHEAD,
             LEVEL,
             FAR,
-            "73.33 against 53.33 %, +20.00 points (95 % interval -4.84 to +44.84, seeds: 3).",
+            "73.33 against 53.33 %, +20.00 points (95 % interval -4.84 to +44.84 over 3 seeds).",
         ),
         (FAR, LEVEL, AHEAD, "and is better: 96.67 against 53.33 %, +43.33 points (95 % interval +14.65 to"),
         (LEVEL, FAR, AHEAD, "and is worse: 53.33 against 96.67 %, -43.33 points (95 % interval -72.02 to"),
