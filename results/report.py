@@ -320,7 +320,7 @@ def figure_1(path, small, seven):
     titles = "Paper: Llama-2-7b-chat on BoolQ", "Here: SmolLM2-135M-Instruct on film reviews"
     notes = (
         f"Bars: 95 % intervals of one run, {N:,} questions",
-        "Large: mean, small: each seed, pale: fewer epochs",
+        "Large: mean, small: each seed, pale: not in the paper's table",
     )
     for axes, title, note, unit in zip((left, right), titles, notes, ("hours", "minutes")):
         axes.set(xlabel=f"training time ({unit})", ylabel="accuracy (%)", xlim=(0, 1.3 * axes.get_xlim()[1]))
