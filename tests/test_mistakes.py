@@ -367,7 +367,10 @@ REFUSED = {  # what is wrong: how the given files are spoilt; flags; what the li
     "no language model": (config(model_type="vit"), "", "given/model"),
     "tokenizer is not JSON": (write("model/tokenizer.json", "{"), "", "given/model"),
     "a tokenizer without capitals": (
-        edit_json("model/tokenizer.json", normalizer={"type": "Lowercase"}),
+        lambda given: (  # LlamaTokenizer would make a normalizer of its own
+            edit_json("model/tokenizer.json", normalizer={"type": "Lowercase"})(given),
+            edit_json("model/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")(given),
+        ),
         "",
         "tokenizer",
         "'Yes'",
