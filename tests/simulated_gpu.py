@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 SCRIPT = Path(__file__).resolve().parent.parent / "heft_finetuning.py"
+# Operations that create a tensor (others call these), and those that take indices as second argument
 CREATING = ["empty.memory_format", "empty_strided", "arange", "arange.start_step"]
 INDEXING = ["index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"]
 

@@ -37,10 +37,7 @@ def test_interrupted_run_equals_that_of_the_cpu(tmp_path):
     for steps in 1, 2:  # in stage 1, whose last step is the next run's first, and in stage 2
         status, out, err = run(simulated, flags, stop=(STEP, steps))
         assert status == 85 and "at step 1 of 2" in out, out + err
-    for steps in (
-        2,
-        1,
-    ):  # never reached: stage 2 has one step left, then none, both stages are read
+    for steps in 2, 1:  # never reached: one step of stage 2 is left, then none, and both stages are read
         status, out, err = run(simulated, flags, stop=(STEP, steps))
         assert status == 0, out + err
         found, texts = read_result(simulated)
