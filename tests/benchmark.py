@@ -3,6 +3,7 @@
     python tests/benchmark.py                                  # a run of minutes on one core, or on a GPU
     python tests/benchmark.py --model FOLDER --data FOLDER     # a tokenizer with config.json, and BoolQ rows
     python tests/benchmark.py --layers 0 --dtype bfloat16 --examples 320 --questions 100    # 7B, on a GPU
+    python tests/benchmark.py --trainer                        # stage 1 with transformers' Trainer, too
     python tests/benchmark.py --answers 1000 --dtype bfloat16  # how many answers depend on batching
     python tests/benchmark.py --count                          # the paper's 3 + 3 run in operations, not run
 
@@ -216,6 +217,38 @@ def theirs(folder, o):
     return found
 
 
+def trainers_stage_1(folder, o):
+    """Seconds of stage 1 with transformers' Trainer and PEFT, as most users would write it: 8 rows per micro-
+    batch, 4 micro-batches per step, rows of similar length together, padded to the longest of them."""
+    from peft import get_peft_model
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, o.dtype))
+    heft.DATASET, heft.LORA_DROPOUT = str(folder / "data"), 0.0
+    examples, _ = heft.training_examples(tokenizer, heft.load_boolq("train", tokenizer))
+    arguments = TrainingArguments(
+        folder / "trainer",
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+        train_sampling_strategy="group_by_length",
+        num_train_epochs=o.epochs_lora,
+        learning_rate=2e-4,
+        use_cpu=DEVICE == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": example["input_ids"]} for example in examples]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    model = get_peft_model(model, heft.lora_config())
+    trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows)
+    started = time.time()
+    trainer.train()
+    return time.time() - started
+
+
 def ours(folder, o):
     """The script itself, as a user starts it."""
     flags = ["--base-model", folder / "model", "--dataset", folder / "data", "--no-push-to-hub"]
@@ -310,6 +343,7 @@ def read_options():
     add("--layer", "REFT_LAYER (default: the middle, in the 7B shape the paper's 15)", type=int)
     add("--answers", "no training: compare so many answers, batched and one by one; width 64", type=int)
     add("--ours-only", "leave the paper's procedure out", action="store_true")
+    add("--trainer", "stage 1 with transformers' Trainer, too", action="store_true")
     add("--count", "only count operations", action="store_true")
     o = parser.parse_args()
     if o.answers:
@@ -348,12 +382,16 @@ def main(o):
         print(f"matrix product {rate / 1e9:,.0f} billion operations per second", flush=True)
         spread = 0.2 if o.answers else 0.02
         make_model(folder / "model", o.model, o.layers, o.width, o.dtype, spread=spread)
-        new, old = ours(folder, o), None
-        if not o.ours_only:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        new, old, trainer = ours(folder, o), None, None
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
+            if o.trainer:
+                trainer = process.submit(trainers_stage_1, folder, o).result()
+            if not o.ours_only:
                 old = process.submit(theirs, folder, o).result()
     tokens = {"lora": o.epochs_lora * train, "reft": o.epochs_reft * train, "evaluation": sum(prompts)}
     print_times(new, old, needed, tokens, rate)
+    if trainer:
+        print(f"\nstage 1 with transformers' Trainer and PEFT: {trainer:.1f} s")
     if old:
         print_differences(new, old, o.dtype)
 
