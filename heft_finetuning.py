@@ -9,7 +9,7 @@ Ctrl-C, after saving a checkpoint; anything else is a failure.
     python heft_finetuning.py                                    # the paper's main run, 3 + 3 epochs
     python heft_finetuning.py --epochs-lora 0 --epochs-reft 20   # Table 1, ReFT-only
     python heft_finetuning.py --epochs-lora 20 --epochs-reft 20  # Table 1, the longest run
-    python heft_finetuning.py --epochs-lora 20 --epochs-reft 0   # Table 1, LoRA-only: run it last
+    python heft_finetuning.py --epochs-lora 20 --epochs-reft 0   # LoRA-only: last, reuses the above
     condor_submit heft.sub                                       # the main run on a GPU cluster
 """
 
@@ -23,7 +23,7 @@ BASE_MODEL = "meta-llama/Llama-2-7b-chat-hf"  # Hub name or folder
 DATASET = "google/boolq"   # Hub name, or folder with train.jsonl and validation.jsonl
 MAX_TRAIN_SAMPLES = 0      # use only the first N training examples; 0 uses all
 MAX_EVAL_SAMPLES = 0       # use only the first N validation questions; 0 uses all
-SEED = 42                  # of the initial weights, the order of the examples and the dropout
+SEED = 42                  # decides the initial weights, the order of the examples and the dropout
 DTYPE = "bfloat16"         # of the model's weights: bfloat16 or float32
 # Stage 1, LoRA
 LORA_RANK = 8              # rank of the update
@@ -44,15 +44,16 @@ MAX_NEW_TOKENS = 5         # tokens generated per question, greedily
 # Output
 PUSH_TO_HUB = True         # upload the merged model and the LoReFT intervention; reuse what is there
 PRIVATE_REPOS = True       # new Hub repositories are private
-HF_USER = ""               # owner of the repositories, a user or an organisation; "" is the token's owner
-HF_REPO_LORA = ""          # repository of the merged model; "" is heft-<name of stage 1>
-HF_REPO_REFIT = ""         # (the paper's spelling) of the LoReFT intervention; "" is heft-<name of the run>
+HF_USER = ""               # owner of repositories without one, a user or organisation; "" is the token's
+HF_REPO_LORA = ""          # of the merged model, name or owner/name; "" is heft-<name of stage 1>
+HF_REPO_REFIT = ""         # of the LoReFT intervention (the paper's spelling); "" is heft-<name of stage 2>
 MERGED_DIR = ""            # folder for a copy of the merged model (13.5 GB); "" keeps none
 OUTPUT_DIR = "output"      # adapters, interventions and checkpoints (tens of MB)
 RESULTS_DIR = "results"    # results and predictions
 RESULTS_FILE = ""          # name of the result in RESULTS_DIR; "" is <name of the run>.json
 # ---------------------------------------------------------------------------------------------
 # fmt: on
+# A new one also goes into ALLOWED and, if it changes results, into PAPER.
 SETTINGS = [name for name in globals() if name.isupper()]
 
 import argparse
@@ -83,10 +84,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports that take seconds: a job may be told to stop at any time
+if __name__ == "__main__":  # before the imports, which take seconds: a job may be stopped at any time
     words = b"\nstopped by a signal; the same command continues\n"
-    for kind, status in ((signal.SIGTERM, 85), (signal.SIGINT, 130)):  # in training, `train` handles them
-        signal.signal(kind, lambda *_, status=status: (os.write(2, words), sys.exit(status)))
+    for number, status in ((signal.SIGTERM, 85), (signal.SIGINT, 130)):  # in training, see delayed_signals
+        signal.signal(number, lambda *_, status=status: (os.write(2, words), sys.exit(status)))
     sys.stdout.reconfigure(line_buffering=True)  # keeps a job's log up to date
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # busy waiting is ten times slower on shared cores
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # Xet has no timeout, and its errors do not name a cause
@@ -96,7 +97,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from httpx2 import RequestError
+from httpx2 import RequestError  # huggingface_hub's HTTP library
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -110,7 +111,7 @@ LOCK_SECONDS = 600  # how long a run waits for another one that trains the same 
 def main():
     """The experiment, in the order of the paper's sections [in brackets]."""
     settings = read_settings(sys.argv[1:])
-    globals().update(settings)  # from here on the constants are what the flags say
+    globals().update(settings)  # from here on the constants (and SMOKE) are what the flags say
     set_up_libraries()
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage learns from them [4.1]
@@ -120,33 +121,35 @@ def main():
     lora_examples, reft_examples = training_examples(base.tokenizer, train_rows)
     check_lengths(base, lora_examples, questions)
     check_device(base)
+    check_folders()
 
     # Reuse what earlier runs with the same settings, data and base model finished; refuse anything else
-    run, lora, reft = plan_run(settings, base, train_rows, questions)
-    find_earlier_work(run, lora, reft)  # exits if everything is done
+    run = plan_run(settings, base, train_rows, questions)
+    find_earlier_work(run)  # exits if everything is done
     print(f"run {run.name} on {DEVICE_NAME}: {base.shape.num_parameters():,} parameters in {DTYPE}, ", end="")
     print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
     model = load_base_model(base)
     if EPOCHS_LORA:
-        model = stage_1_lora(model, lora, lora_examples)
+        model = stage_1_lora(model, run.lora, lora_examples)
         model = model.merge_and_unload()  # in the model's dtype, as in the paper
     model.eval().requires_grad_(False)
 
     # Stage 2, fine: LoReFT on the merged, frozen model, one edit of one hidden state per question [3.3]
-    reft_model = stage_2_loreft(model, reft, lora, reft_examples) if EPOCHS_REFT else None
+    reft_model = stage_2_loreft(model, run.reft, run.lora, reft_examples) if EPOCHS_REFT else None
 
     # Evaluation: greedy answers to the validation questions [4]
     if not run.result:
-        texts, record = answer(model, reft_model, base.tokenizer, questions)
-        run.result = write_result(run, lora, reft, record, questions, texts)
+        texts, record = generate_answers(model, reft_model, base.tokenizer, questions)
+        run.result = write_result(run, record, questions, texts)
 
     # All results are on disk now: what is large, and what may fail, comes last
-    not_pushed = push_stages(model, base, run, lora, reft) if PUSH_TO_HUB else []
+    print_summary(run)
     if MERGED_DIR:
         write_merged(model, base, MERGED_DIR)
-    print_summary(run, not_pushed)
+    if PUSH_TO_HUB:
+        push_stages(model, base, run)
 
 
 # ----- Data: BoolQ as prompts and tokens (paper, section 4.1 and appendix)
@@ -195,19 +198,19 @@ def read_hub(split):
     import datasets
 
     datasets.disable_progress_bars()
-    other = DATASET.count("/") != 1
-    stop_if(other, f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq")
+    invalid_name = DATASET.count("/") != 1
+    stop_if(invalid_name, f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq")
     with explained(f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"):
         rows = datasets.load_dataset(DATASET, split=split)
-    for name, kind in {"question": "string", "passage": "string", "answer": "bool"}.items():
+    for name, dtype in {"question": "string", "passage": "string", "answer": "bool"}.items():
         found = getattr(rows.features.get(name), "dtype", None)
-        stop_if(found != kind, f"{name} in {DATASET!r} must be {kind}, as in google/boolq, not {found}")
+        stop_if(found != dtype, f"{name} in {DATASET!r} must be {dtype}, as in google/boolq, not {found}")
     return [(f"{DATASET}, {split}, row {number}", row) for number, row in enumerate(rows.to_list(), 1)]
 
 
 def training_examples(tokenizer, rows):
     """Dicts of lists for (LoRA, LoReFT). LoRA learns from input_ids, labels; LoReFT from input_ids (the last
-    prompt token and the ending), labels, prefix (the tokens before) and prefix_mask (a 1 for each)."""
+    prompt token, the answer, EOS), labels, prefix (the tokens before) and prefix_mask (a 1 for each)."""
     lora_examples, reft_examples, end = [], [], tokenizer.eos_token
     for row in rows:
         # Loss on all tokens except padding. Llama 2 is padded with EOS, so the real EOS is masked, too.
@@ -226,11 +229,11 @@ def training_examples(tokenizer, rows):
 
 
 # ----- Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
-def microbatches(lengths, tokens):
-    """Positions in `lengths`, short to long, in groups of rows x longest <= `tokens`; longer go alone."""
+def microbatches(lengths, max_tokens):
+    """Positions in `lengths`, short to long, in groups of rows x longest <= max_tokens; longer go alone."""
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or (len(groups[-1]) + 1) * lengths[i] > tokens:
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > max_tokens:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -286,31 +289,31 @@ def check_memory(forward, examples):
         accumulate_gradients(forward, most_tokens)
 
 
-def train(stage, module, forward, examples, peak_rate):
+def train(stage, module, forward, examples, first_rate):
     """Train the parameters of `module` that require gradients. Returns the stage's record (new_record).
 
     AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the
-    step's number alone: a resumed run equals an undisturbed one. On SIGTERM or Ctrl-C: checkpoint, exit.
+    step's number alone, so a resumed run gives the same result. On SIGTERM or Ctrl-C: checkpoint, exit.
     forward: as in accumulate_gradients."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    tensors = [*parameters, *module.buffers()]  # LoReFT's R is relative to its first value, a buffer
-    optimizer = torch.optim.AdamW(parameters, peak_rate, weight_decay=0.0)  # the fused one rounds differently
-    per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # an epoch's last step may have fewer examples
-    steps = per_epoch * stage.epochs
+    tensors = [*parameters, *module.buffers()]  # LoReFT's R is stored as a change to a buffer
+    optimizer = torch.optim.AdamW(parameters, first_rate, weight_decay=0.0)  # the fused rounds differently
+    steps_per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # the last may have fewer examples
+    steps = steps_per_epoch * stage.epochs
     print(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
     reset_peak_memory()
     check_memory(forward, examples)
     optimizer.zero_grad()
-    record = load_checkpoint(stage, tensors, optimizer)
-    resumed, earlier, started = len(record["loss"]), record["seconds"], time.time()
-    bar = tqdm(range(resumed, steps), initial=resumed, total=steps, disable=None, dynamic_ncols=True)
+    record = restore_checkpoint(stage, tensors, optimizer)
+    done, seconds_before, started = len(record["loss"]), record["seconds"], time.time()
+    bar = tqdm(range(done, steps), initial=done, total=steps, disable=None, dynamic_ncols=True)
     with delayed_signals() as received:
         for step in bar:
-            epoch, position = divmod(step, per_epoch)
+            epoch, position = divmod(step, steps_per_epoch)
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
             batch = [examples[i] for i in order.split(EXAMPLES_PER_STEP)[position]]
-            torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))  # of the step's dropout
-            rate = optimizer.param_groups[0]["lr"] = peak_rate * ((steps - step) / steps)
+            torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))  # seeds the dropout
+            rate = optimizer.param_groups[0]["lr"] = first_rate * ((steps - step) / steps)
             loss = accumulate_gradients(forward, batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             values = f"loss {loss}, gradient {norm} at step {step + 1}"
@@ -318,9 +321,9 @@ def train(stage, module, forward, examples, peak_rate):
             optimizer.step()
             optimizer.zero_grad()
             record["loss"].append(loss.item())
-            record["seconds"] = earlier + time.time() - started
+            record["seconds"] = seconds_before + time.time() - started
             log_progress(bar, "step", step + 1, started, f"loss {loss:.4f}, rate {rate:.2e}")
-            if received or position == per_epoch - 1:
+            if received or position == steps_per_epoch - 1:
                 record["peak_memory_gb"] = max(record["peak_memory_gb"], peak_memory())
                 state = {"settings": checkpoint_settings(stage), "tensors": tensors, "record": record}
                 write(stage.folder / "checkpoint.pt", state | {"optimizer": optimizer.state_dict()})
@@ -332,11 +335,11 @@ def train(stage, module, forward, examples, peak_rate):
 
 
 def log_progress(bar, what, done, started, text):
-    """Show progress: on the bar or, in a job's log, which has none, in a line every 50 steps (the paper's
-    logging_steps) and at the end. started: when this process began with step bar.n, in seconds."""
+    """Show progress: on the bar or, without one (in a job's log), in a line every 50 steps (the paper's
+    logging_steps) and at the end. started: time.time() before this process's first step."""
     bar.set_postfix_str(text)
     if bar.disable and (done % 50 == 0 or done == bar.total):
-        pace = (time.time() - started) / (done - bar.n)
+        pace = (time.time() - started) / (done - bar.n)  # n stays at the first one, as there is no bar
         left = timedelta(seconds=round(pace * (bar.total - done)))
         print(f"{what} {done} of {bar.total}: {text}, {pace:.2f} s per {what}, {left} left")
 
@@ -366,7 +369,7 @@ def stage_1_lora(model, stage, examples):
     from peft import PeftModel, get_peft_model
 
     with lock_unfinished(stage):
-        if stage.record:
+        if stage.record:  # finished earlier, or by another process meanwhile
             return PeftModel.from_pretrained(model, stage.folder, config=lora_config())
         set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
         model = get_peft_model(model, lora_config()).train()
@@ -385,7 +388,7 @@ def add_intervention(model):
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
-    rotation.base = rotation.base.contiguous()  # the last bits of the results in results/ depend on it
+    rotation.base = rotation.base.contiguous()  # the layout decides last bits of results/
     place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
     config = ReftConfig(representations=place | {"intervention": intervention})
     return get_reft_model(model, config), intervention
@@ -395,8 +398,8 @@ def from_last_prompt_token(model, reft_model, examples):
     """(examples without the start that all prompts share, function `forward` for `train`).
 
     The paper backpropagates through all prompt tokens. Those before the last are constant, as is the model:
-    their keys and values need no gradient. The words that start all prompts are computed once, and leave the
-    prefixes, none of which may become empty; prefix_mask still covers them."""
+    their keys and values need no gradient. The start that all prompts share is computed once and removed from
+    the prefixes, none of which may become empty; prefix_mask still covers it."""
     common = os.path.commonprefix([example["prefix"][:-1] for example in examples])
     examples = [example | {"prefix": example["prefix"][len(common) :]} for example in examples]
     start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
@@ -417,18 +420,18 @@ def from_last_prompt_token(model, reft_model, examples):
 def stage_2_loreft(model, stage, stage_1, examples):
     """A pyreft.ReftModel around `model`: its intervention is read if the stage is finished, else trained."""
     reft_model, intervention = add_intervention(model)
-    stage.decided_by["STAGE_1"] = weights_of(stage_1)
+    stage.decided_by["STAGE_1"] = weights_hash(stage_1)  # not known before
     with lock_unfinished(stage):
         if not stage.record:
-            below = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
-            if stage_1.epochs and stage_1.folder != below:
-                copy_stage(stage_1, below)
+            adapter = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
+            if stage_1.epochs and stage_1.folder != adapter:
+                copy_stage(stage_1, adapter)
             examples, forward = from_last_prompt_token(model, reft_model, examples)
             record = train(stage, intervention, forward, examples, LEARNING_RATE_REFT)
             reft_model.set_device("cpu", set_model=False)  # saved from the CPU, the file loads without a GPU
             with contextlib.redirect_stdout(None):
                 finish(stage, record, reft_model.save)
-    # Evaluate the saved weights. (ReftModel.load would make learned_source bfloat16 in any case.)
+    # Evaluate what was saved, after training as in a later run. (ReftModel.load always returns bfloat16.)
     weights = torch.load(stage.folder / stage.files[0], map_location=DEVICE, weights_only=True)
     intervention.load_state_dict(weights)
     reft_model.set_device(DEVICE, set_model=False)
@@ -436,11 +439,11 @@ def stage_2_loreft(model, stage, stage_1, examples):
 
 
 # ----- Evaluation (paper, section 4)
-def answer(model, reft_model, tokenizer, questions):
+def generate_answers(model, reft_model, tokenizer, questions):
     """(the generated text for each question, in their order; the evaluation's record)."""
     print(f"\nevaluation of {len(questions):,} questions")
     reset_peak_memory()
-    prompts, texts, started = [row["tokens"] for row in questions], {}, time.time()
+    prompts, text_of, started = [row["tokens"] for row in questions], {}, time.time()
     # Greedy: the chat model's own generation_config.json, which load_base_model leaves out, would sample.
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, **ends)
@@ -456,10 +459,10 @@ def answer(model, reft_model, tokenizer, questions):
             _, output = reft_model.generate(dict(rows), generation_config=greedy, **edited)
         else:
             output = model.generate(**rows, generation_config=greedy)
-        texts |= zip(group, tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True))
-        log_progress(bar, "micro-batch", done, started, f"{len(texts):,} questions")
+        text_of |= zip(group, tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True))
+        log_progress(bar, "micro-batch", done, started, f"{len(text_of):,} questions")
     record = new_record() | {"seconds": time.time() - started, "peak_memory_gb": peak_memory()}
-    return [texts[i].strip() for i in range(len(prompts))], record
+    return [text_of[i].strip() for i in range(len(prompts))], record
 
 
 def predict(text):
@@ -475,7 +478,7 @@ SUMMARY = (  # of a result, in one line
 )
 
 
-def write_result(run, lora, reft, evaluation, questions, texts):
+def write_result(run, evaluation, questions, texts):
     """Write the result and the predictions of the run. Returns the result, the paper's five keys first.
 
     evaluation: its record, as those of the stages; texts: the generated text for each question."""
@@ -485,9 +488,8 @@ def write_result(run, lora, reft, evaluation, questions, texts):
     rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
     predictions, n = [row["prediction"] for row in rows], len(rows)
     correct = sum(row["prediction"] == row["answer"] for row in rows)
-    records = {"lora": lora.record, "reft": reft.record, "evaluation": evaluation}
+    records = {"lora": run.lora.record, "reft": run.reft.record, "evaluation": evaluation}
     seconds = {part: record["seconds"] if record else 0.0 for part, record in records.items()}
-    weights = {"STAGE_1": weights_of(lora), "STAGE_2": weights_of(reft)}
     result = {
         "lora_epochs": EPOCHS_LORA,
         "reft_epochs": EPOCHS_REFT,
@@ -497,7 +499,7 @@ def write_result(run, lora, reft, evaluation, questions, texts):
         "confidence_interval_95": [100 * end for end in binomtest(correct, n).proportion_ci(method="wilson")],
         "yes_answers": predictions.count("Yes"),
         "unknown_answers": predictions.count("Unknown"),
-        "settings": run.provenance["settings"] | run.decided_by | weights,
+        "settings": run.provenance["settings"] | run.decided_by | stage_hashes(run),
         "seconds": seconds | {"total": sum(seconds.values())},
         "commit": run.provenance["commit"],  # None in a cluster's job
         "script_sha256": run.provenance["script_sha256"],
@@ -515,21 +517,26 @@ def write_result(run, lora, reft, evaluation, questions, texts):
 # Bookkeeping: the experiment ends here. First, settings as flags, and the names of runs
 
 HERE = Path(__file__).resolve().parent
-DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
-DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE_NAME
+if DEVICE == "cuda":
+    DEVICE_NAME = torch.cuda.get_device_name()
+else:
+    DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
 # fmt: off
-# The paper's value of each setting that changes the experiment, and the prefix of any other value in a run's
-# name. A new setting goes last, so that existing names do not change.
+# The paper's value of each setting that changes results. Any other value becomes part of the run's name, in
+# this order: never reorder. A new setting's value here is what the script did before it had the setting.
 PAPER = dict(
-    BASE_MODEL=("meta-llama/Llama-2-7b-chat-hf", ""), DATASET=("google/boolq", "on_"),
-    LORA_RANK=(8, "lora_rank"), LORA_ALPHA=(32, "lora_alpha"), LORA_DROPOUT=(0.05, "lora_dropout"),
-    LORA_TARGETS=("", "lora_targets_"), LEARNING_RATE_LORA=(2e-4, "lr_lora"),
-    REFT_LAYER=(15, "reft_layer"), REFT_RANK=(4, "reft_rank"), LEARNING_RATE_REFT=(2e-4, "lr_reft"),
-    EXAMPLES_PER_STEP=(32, "examples_per_step"), MAX_LENGTH=(2048, "max_length"),
-    MAX_NEW_TOKENS=(5, "max_new_tokens"), DTYPE=("bfloat16", "dtype_"), SEED=(42, "seed"),
-    MAX_TRAIN_SAMPLES=(0, "train"), MAX_EVAL_SAMPLES=(0, "eval"))
-LORA_ONLY = ["LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LEARNING_RATE_LORA"]
-REFT_ONLY = ["REFT_LAYER", "REFT_RANK", "LEARNING_RATE_REFT"]
+    BASE_MODEL="meta-llama/Llama-2-7b-chat-hf", DATASET="google/boolq",
+    LORA_RANK=8, LORA_ALPHA=32, LORA_DROPOUT=0.05, LORA_TARGETS="", LEARNING_RATE_LORA=2e-4,
+    REFT_LAYER=15, REFT_RANK=4, LEARNING_RATE_REFT=2e-4,
+    EXAMPLES_PER_STEP=32, MAX_LENGTH=2048, MAX_NEW_TOKENS=5, DTYPE="bfloat16", SEED=42,
+    MAX_TRAIN_SAMPLES=0, MAX_EVAL_SAMPLES=0)
+PREFIX = dict(  # of the value in the name, where it is not the setting's name in lower case
+    EPOCHS_LORA="lora", EPOCHS_REFT="reft", BASE_MODEL="", DATASET="on_", LORA_TARGETS="lora_targets_",
+    LEARNING_RATE_LORA="lr_lora", LEARNING_RATE_REFT="lr_reft", DTYPE="dtype_",
+    MAX_TRAIN_SAMPLES="train", MAX_EVAL_SAMPLES="eval")
+LORA_SETTINGS = ["LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LEARNING_RATE_LORA"]
+REFT_SETTINGS = ["REFT_LAYER", "REFT_RANK", "LEARNING_RATE_REFT"]
+EVALUATION_SETTINGS = ["MAX_NEW_TOKENS", "MAX_EVAL_SAMPLES"]
 PAPER_ACCURACY = {"lora0-reft20": 83.36, "lora20-reft0": 85.05, "lora3-reft3": 85.17, "lora20-reft20": 85.47}
 # What --smoke changes: the same script on the embedded toy, which needs larger steps.
 SMOKE_VALUES = dict(
@@ -547,7 +554,7 @@ ALLOWED = {name: rule for names, *rule in [
     ("LEARNING_RATE_LORA LEARNING_RATE_REFT", float, lambda x: 0 < x < math.inf, "above 0"),
     ("DTYPE", str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32"),
     ("BASE_MODEL DATASET OUTPUT_DIR RESULTS_DIR", str, str.strip, "a name, not empty"),
-    ("RESULTS_FILE", str, re.compile(r"([^/]*\.json)?").fullmatch, "a name in .json, without a folder"),
+    ("RESULTS_FILE", str, re.compile(r"([^/]*\.json)?").fullmatch, "a file name in .json, without a folder"),
     ("HF_USER HF_REPO_LORA HF_REPO_REFIT LORA_TARGETS MERGED_DIR",
      str, lambda text: text.isprintable() and text != "None", 'one line, "" for none'),
 ] for name in names.split()}
@@ -586,19 +593,20 @@ def read_settings(arguments):
 def identity(settings, part):
     """(name, settings) of part "lora", "reft" or "run": the settings that decide its outcome, and a name such
     as lora3-reft3-seed7, with a part for each of them that is not the paper's (or the smoke run's)."""
-    absent = [] if part == "run" else ["MAX_NEW_TOKENS", "MAX_EVAL_SAMPLES"]
-    absent += [*REFT_ONLY, "EPOCHS_REFT"] if part == "lora" else []
-    absent += LORA_ONLY if not settings["EPOCHS_LORA"] else []
-    absent += REFT_ONLY if not settings["EPOCHS_REFT"] else []
+    absent = [] if part == "run" else [*EVALUATION_SETTINGS]
+    absent += ["EPOCHS_REFT", *REFT_SETTINGS] if part == "lora" else []  # stage 2 depends on stage 1's, too
+    absent += LORA_SETTINGS if not settings["EPOCHS_LORA"] else []
+    absent += REFT_SETTINGS if not settings["EPOCHS_REFT"] else []
     names = [name for name in ("EPOCHS_LORA", "EPOCHS_REFT", *PAPER) if name not in absent]
+    usual = PAPER | (SMOKE_VALUES if settings["SMOKE"] else {})  # without the epochs, which are always named
     parts = []
     for name in names:
-        value, (usual, word) = settings[name], PAPER.get(name, (None, name.removeprefix("EPOCHS_").lower()))
-        if value != (SMOKE_VALUES.get(name, usual) if settings["SMOKE"] else usual):
+        value = settings[name]
+        if name not in usual or value != usual[name]:
             text = os.path.basename(value.rstrip("/")) if isinstance(value, str) else f"{value:.10g}"
-            parts.append(re.sub(r"[^A-Za-z0-9._+]+", "_", word + text))
-    # Base model and data are identified by hashes (see plan_run), not by name.
-    return "-".join(parts), {name: settings[name] for name in names if name not in ("BASE_MODEL", "DATASET")}
+            parts.append(re.sub(r"[^A-Za-z0-9._+]+", "_", PREFIX.get(name, name.lower()) + text))
+    hashed = ("BASE_MODEL", "DATASET")  # plan_run identifies these by their content
+    return "-".join(parts), {name: settings[name] for name in names if name not in hashed}
 
 
 # ----- Errors: one line for what the user can fix (status 2) or what failed outside (1), else a traceback
@@ -618,19 +626,23 @@ def stop_if(condition, message, status=2):
 
 @contextlib.contextmanager
 def explained(what):
-    """Turn any error of a library within the block into a Stop whose message begins with `what`."""
+    """Turn any error of a library within the block into a Stop whose message begins with `what`.
+
+    Its status is 1 if the Hub is unreachable or fails, and 2 otherwise: the user can fix it."""
     try:
         yield
     except (Stop, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if isinstance(error, GatedRepoError):
-            what = f"request access at https://huggingface.co/{BASE_MODEL}, and set HF_TOKEN to your token"
-        unreachable = (RequestError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
-        outside = isinstance(error, unreachable) and not huggingface_hub.is_offline_mode()
-        if hasattr(error, "response") and error.response is not None:  # the Hub has answered
-            outside = error.response.status_code not in (400, 401, 403, 404)
-        raise Stop(f"{what} ({first_line(error)})", 1 if outside else 2) from error
+            what = f"request access at https://huggingface.co/{error.repo_id}, and set HF_TOKEN to your token"
+        response = getattr(error, "response", None)
+        if response is not None:  # the Hub has answered
+            status = 2 if response.status_code in (400, 401, 403, 404) else 1
+        else:
+            unreachable = (RequestError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
+            status = 1 if isinstance(error, unreachable) and not huggingface_hub.is_offline_mode() else 2
+        raise Stop(f"{what} ({first_line(error)})", status) from error
 
 
 def first_line(error):
@@ -641,17 +653,16 @@ def first_line(error):
 
 def report_error(error):
     """Print what ended the program: one line, or the traceback of a bug. Returns the exit status."""
-    message, status = str(error), getattr(error, "status", 1)
     if isinstance(error, torch.OutOfMemoryError):
         smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
-        message = f"GPU memory is full: set {smaller}, or use a GPU with more memory"
-    elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        message = f"the disk is full ({error.filename}): make room; the same command then continues"
-    elif not isinstance(error, Stop):
+        error = Stop(f"GPU memory is full: set {smaller}, or use a GPU with more memory", 1)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = Stop(f"the disk is full ({error.filename}): make room; the same command then continues", 1)
+    if not isinstance(error, Stop):
         traceback.print_exception(error)
-        return status
-    tqdm.write(f"heft: error: {message}", file=sys.stderr)  # not within a progress bar
-    return status
+        return 1
+    tqdm.write(f"heft: error: {error}", file=sys.stderr)  # not within a progress bar
+    return error.status
 
 
 def set_up_libraries():
@@ -680,7 +691,7 @@ TOKENIZER_FILES = "tokenizer* *.model special_tokens_map.json added_tokens.json 
 class BaseModel:
     """BASE_MODEL without its weights."""
 
-    folder: Path  # of its configuration and tokenizer; of its weights, too, if BASE_MODEL is a folder
+    folder: Path  # BASE_MODEL or, of a model on the Hub, its copy in the cache
     version: str  # hash of the files that decide its outputs; of a model on the Hub, its commit
     tokenizer: transformers.PreTrainedTokenizerBase
     shape: torch.nn.Module  # the model without weights, on the "meta" device
@@ -688,12 +699,20 @@ class BaseModel:
 
 def inspect_base_model():
     """The BaseModel that BASE_MODEL names. Stop if it cannot be loaded, trained, merged or prompted."""
-    local, folder, small = os.path.isdir(BASE_MODEL), BASE_MODEL, ["*.json", "*.model", "*.txt", "*.jinja"]
     with explained(f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"):
-        if not local:
-            quiet = partial(tqdm, disable=True)
-            folder = huggingface_hub.snapshot_download(BASE_MODEL, allow_patterns=small, tqdm_class=quiet)
-        folder, config = Path(folder), AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if os.path.isdir(BASE_MODEL):
+            folder = Path(BASE_MODEL)
+            patterns = ["*.safetensors", "config.json", *TOKENIZER_FILES]
+            files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+            weights = [file for file in files if file.suffix == ".safetensors"]
+            stop_if(not weights, f"the folder {BASE_MODEL!r} holds no weights in safetensors form")
+            content = digest({file.name: digest(file) for file in files})
+        else:
+            small = dict(allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
+            quiet = dict(tqdm_class=partial(tqdm, disable=True))
+            folder = Path(huggingface_hub.snapshot_download(BASE_MODEL, **small, **quiet))
+            content = folder.name  # the commit
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
         stop_if(not plain, f"{BASE_MODEL!r} is multimodal or quantized: use a plain language model")
         adapter = (folder / "adapter_config.json").exists()  # transformers would attach it unasked
@@ -703,12 +722,7 @@ def inspect_base_model():
             shape = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
         check_tokenizer(tokenizer)
         check_stages(shape)
-        patterns = ["*.safetensors", "config.json", *TOKENIZER_FILES]
-        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-        weights = [file for file in files if file.suffix == ".safetensors"]
-        stop_if(local and not weights, f"the folder {BASE_MODEL!r} holds no weights in safetensors form")
-        version = digest({file.name: digest(file) for file in files}) if local else folder.name
-    return BaseModel(folder, version, tokenizer, shape)
+    return BaseModel(folder, content, tokenizer, shape)
 
 
 def check_tokenizer(tokenizer):
@@ -716,8 +730,8 @@ def check_tokenizer(tokenizer):
     name = f"the tokenizer of {BASE_MODEL!r}"
     stop_if(not tokenizer.eos_token, f"{name} has no end-of-sequence token")
     for word in ("Yes", "No"):
-        plain, tokens = tokenizer(word, add_special_tokens=False)["input_ids"], tokenizer(word)["input_ids"]
-        ended = tokens[-len(plain) :] != plain
+        plain = tokenizer(word, add_special_tokens=False)["input_ids"]
+        ended = tokenizer(word)["input_ids"][-len(plain) :] != plain
         stop_if(ended, f"{name} adds a token at the end of each text: set its add_eos_token to false")
         stop_if(predict(tokenizer.decode(plain)) != word, f"{name} cannot write {word!r}: use another model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -737,29 +751,28 @@ def check_stages(shape):
     if EPOCHS_LORA:
         from peft import get_peft_model
 
-        ends = [shape.get_input_embeddings(), shape.get_output_embeddings()]
-        ends = ends if config.tie_word_embeddings else []
-        tied = {name for name, module in shape.named_modules() if module in ends}
         with explained(f"--lora-targets {LORA_TARGETS!r} does not fit {BASE_MODEL!r}"):
             adapted = get_peft_model(shape, lora_config())
-        names = adapted.targeted_module_names
         for target in adapted.peft_config["default"].target_modules:  # PEFT complains only if none is found
-            found = any(f".{name}".endswith(f".{target}") for name in names)
+            found = any(f".{name}".endswith(f".{target}") for name in adapted.targeted_module_names)
             stop_if(not found, f"--lora-targets: no layer of {BASE_MODEL!r} is called {target}")
-        shared = tied & set(names)
-        stop_if(shared, f"--lora-targets: input and output share {shared}, so an update cannot be merged")
+        ends = [shape.get_input_embeddings(), shape.get_output_embeddings()]
+        shared = config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends)  # PEFT's
+        stop_if(shared, "--lora-targets: input and output embeddings are shared, so no update can be merged")
         adapted.unload()
 
 
 def check_lengths(base, examples, questions):
     """Stop if a row is longer than the model allows, or has a token outside its vocabulary."""
-    config, prompts = base.shape.config.to_dict(), [question["tokens"] for question in questions]
+    prompts = [question["tokens"] for question in questions]
     texts = [*prompts, *(example["input_ids"] for example in examples)]
     highest = max(base.tokenizer.eos_token_id, base.tokenizer.pad_token_id, *map(max, texts))
     words = base.shape.get_input_embeddings().weight.shape[0]
-    stop_if(highest >= words, f"{BASE_MODEL!r} has {words} tokens, and its tokenizer makes number {highest}")
+    stop_if(highest >= words, f"{BASE_MODEL!r} has {words} tokens, its tokenizer produces number {highest}")
     longest = max(*map(len, texts), *(len(prompt) + MAX_NEW_TOKENS for prompt in prompts))
-    limits, rope = [config.get("max_position_embeddings")], config.get("rope_parameters") or {}
+    limits = [getattr(base.shape.config, "max_position_embeddings", None)]
+    config = base.shape.config.to_dict()
+    rope = config.get("rope_parameters") or {}
     for part in (rope, *rope.values()):  # for all layers, or for each kind of layer
         if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
             limits.append(part.get("original_max_position_embeddings"))  # beyond, a row depends on its batch
@@ -772,7 +785,7 @@ def check_lengths(base, examples, questions):
 
 
 def check_device(base):
-    """Stop if this machine cannot run the model. Whether its memory suffices, check_memory finds out."""
+    """Stop if this machine cannot run the model. Its memory is measured later, by check_memory."""
     size = base.shape.num_parameters() / 1e9
     if DEVICE == "cuda":
         able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
@@ -783,16 +796,26 @@ def check_device(base):
             torch.cuda.init()  # its error says whether there is no GPU or its driver is too old
 
 
+def check_folders():
+    """Create the folders for output. Stop if they cannot be written, or if one is the base model's."""
+    same = MERGED_DIR and Path(MERGED_DIR).resolve() == Path(BASE_MODEL).resolve()
+    stop_if(same, "--merged-dir is the folder of the base model, which it would overwrite")
+    for folder in filter(None, (OUTPUT_DIR, RESULTS_DIR, MERGED_DIR)):
+        with explained(f"cannot write in the folder {folder!r}: choose another"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+
+
 def load_base_model(base):
     """The causal language model BASE_MODEL in DTYPE on the device; from safetensors only."""
-    folder, download = base.folder, partial(huggingface_hub.snapshot_download, BASE_MODEL)
     with explained(f"cannot load the model {BASE_MODEL!r}"):
-        if not os.path.isdir(BASE_MODEL):
-            folder = download(revision=base.version, allow_patterns=["*.json", "*.safetensors"])
+        if not os.path.isdir(BASE_MODEL):  # the weights join the other files of this commit, in base.folder
+            weights = dict(revision=base.version, allow_patterns="*.safetensors")
+            huggingface_hub.snapshot_download(BASE_MODEL, **weights)
         # Its own generation_config.json would fill in what `answer` leaves open, and change the answers.
         options = dict(generation_config=GenerationConfig(), use_safetensors=True, output_loading_info=True)
         options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE)
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(base.folder, **options)
     missing = sorted(loading["missing_keys"])
     stop_if(missing, f"the model {BASE_MODEL!r} lacks weights: {', '.join(missing[:3])} ...")
     model.name_or_path = BASE_MODEL  # PEFT writes it into the adapter: not the path of the Hub's cache
@@ -808,7 +831,7 @@ def reset_peak_memory():
 
 
 def peak_memory():
-    """Largest memory held since reset_peak_memory, in GB: the GPU's, without one the machine's."""
+    """Largest memory held since reset_peak_memory, in GB: the GPU's or, without one, this process's."""
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (torch.cuda.max_memory_allocated() if DEVICE == "cuda" else own) / 1e9
 
@@ -823,12 +846,12 @@ class Stage:
 
     title: str  # in messages: "stage 1, LoRA"
     epochs: int  # passes over the data; 0: the run has no such stage
-    decided_by: dict  # all that decides its weights: settings; hashes of model, data and, in stage 2, stage 1
+    decided_by: dict  # what decides its weights: settings; hashes of model, data and, when known, stage 1
     folder: Path  # holds heft.json and `files` when the stage is finished, and checkpoint.pt before
     files: tuple  # names of the weights and of their configuration, as PEFT or pyvene gives them
     repo: str  # its repository on the Hub, owner/name (without the owner until the Hub is queried)
     record: dict | None = None  # content of heft.json; None: the stage is not finished
-    on_hub: Path | bool | None = None  # copy of `folder` in the repository; False: none; None: not known
+    on_hub: Path | bool | None = None  # downloaded copy; False: the repository has none; None: not known
 
 
 @dataclass
@@ -836,16 +859,22 @@ class Run:
     """What is evaluated: the base model after the stages that have epochs."""
 
     name: str  # such as lora3-reft3-seed7
-    stages: list  # the stages with epochs
+    lora: Stage
+    reft: Stage
     decided_by: dict  # all that decides the result, except the stages' weights: the result names their hashes
     provenance: dict  # for the result: all settings; commit and hash of this script
     file: Path  # of the result
     result: dict | None = None  # content of the file; None: not evaluated yet
 
+    @property
+    def stages(self):
+        """The stages that the run has."""
+        return [stage for stage in (self.lora, self.reft) if stage.epochs]
+
 
 def plan_run(settings, base, train_rows, questions):
-    """(run, lora, reft): what the run consists of, all that decides it, and the folders it uses."""
-    # FORMAT: raise it when what older versions of this script made must not be reused.
+    """The Run: its stages, all that decides it, and the folders it uses."""
+    # FORMAT: increase it when what older versions of this script made must not be reused.
     made_from = {"FORMAT": 3, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
 
     def planned(part, title, epochs, repo, files):
@@ -862,48 +891,46 @@ def plan_run(settings, base, train_rows, questions):
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     provenance = {"settings": settings, "commit": commit or None, "script_sha256": digest(Path(__file__), 64)}
     file = Path(RESULTS_DIR, RESULTS_FILE or f"{name}.json")
-    return Run(name, [part for part in (lora, reft) if part.epochs], deciding, provenance, file), lora, reft
+    return Run(name, lora, reft, deciding, provenance, file)
 
 
-def find_earlier_work(run, lora, reft):
+def find_earlier_work(run):
     """Set `result`, `on_hub` and `record` of what is finished. Exits with status 0 if that is everything."""
     run.result = read_matching(run.file, run.decided_by)
     if PUSH_TO_HUB and run.stages:
-        query_hub(run.stages)
-    on_hub = [stage.on_hub for stage in run.stages if PUSH_TO_HUB]
-    if run.result and all(on_hub) and not MERGED_DIR:
+        query_hub(run)
+    pushed = not PUSH_TO_HUB or all(stage.on_hub for stage in run.stages)
+    if run.result and pushed and not MERGED_DIR:
         print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
         sys.exit(0)
-    later = f"{run.file} is finished; the Hub is unreachable, and the same command pushes later"
-    stop_if(run.result and None in on_hub, later, 1)
-    same = MERGED_DIR and Path(MERGED_DIR).resolve() == Path(BASE_MODEL).resolve()
-    stop_if(same, "--merged-dir is the folder of the base model, which it would overwrite")
-    for folder in filter(None, (OUTPUT_DIR, RESULTS_DIR, MERGED_DIR)):
-        with explained(f"cannot write in the folder {folder!r}: choose another"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
     # A stage 2 is used only with the stage 1 it was trained on, which lies in its folder: look there first.
-    if reft.epochs:
-        reuse(reft, reft.folder, reft.on_hub)
-    if lora.epochs:
-        reuse(lora, reft.folder / "adapter", lora.folder, lora.on_hub)
-    other = reft.record and reft.record["settings"]["STAGE_1"] != weights_of(lora)
-    stop_if(other, f"the stage 1 that {reft.folder} was trained on is not there: move that folder away")
-    lost = run.result and {name: run.result["settings"][name] for name in ("STAGE_1", "STAGE_2")}
-    lost = lost and lost != {"STAGE_1": weights_of(lora), "STAGE_2": weights_of(reft)}
-    stop_if(lost, f"the weights that {run.file} was measured on are not there: move it away to start again")
+    if EPOCHS_REFT:
+        reuse(run.reft, run.reft.folder, run.reft.on_hub)
+    if EPOCHS_LORA:
+        reuse(run.lora, run.reft.folder / "adapter", run.lora.folder, run.lora.on_hub)
+    if run.reft.record:
+        read_matching(run.reft.folder / "heft.json", {"STAGE_1": weights_hash(run.lora)})
+    if run.result:  # what is pushed or merged now are the weights it was measured on
+        read_matching(run.file, stage_hashes(run))
 
 
-def weights_of(stage):
+def weights_hash(stage):
     """The hash of a stage's weights; None if it is not finished, or if the run does not have it."""
     return stage.record["weights"] if stage.record else None
 
 
+def stage_hashes(run):
+    """The weights that the run's result is measured on, as hashes."""
+    return {"STAGE_1": weights_hash(run.lora), "STAGE_2": weights_hash(run.reft)}
+
+
 def reuse(stage, *folders):
-    """Use the first of the folders that holds the finished stage."""
+    """Use the first of the folders that holds the finished stage. Stop if one holds another run's files."""
     for folder in filter(None, folders):
-        record = read_record(stage, folder)
+        record, weights = read_matching(folder / "heft.json", stage.decided_by), folder / stage.files[0]
         if record:
+            intact = weights.exists() and digest(weights) == record["weights"]
+            stop_if(not intact, f"{weights} is not what heft.json beside it describes: move these files away")
             stage.record, stage.folder = record, folder
             print(f"{stage.title} is finished in {folder}")
             return
@@ -911,39 +938,34 @@ def reuse(stage, *folders):
         read_matching(folder / "checkpoint.pt", checkpoint_settings(stage))
 
 
-def read_record(stage, folder):
-    """The record of a stage that is finished in the folder, else None. Stop if another run's is there."""
-    record, weights = read_matching(folder / "heft.json", stage.decided_by), folder / stage.files[0]
-    intact = not record or (weights.exists() and digest(weights) == record["weights"])
-    stop_if(not intact, f"{weights} is not what heft.json beside it describes: move these files away")
-    return record
+def read_matching(file, expected, place=None):
+    """The record, checkpoint or result in `file`, None if there is none.
 
-
-def read_matching(file, settings, place=None):
-    """The record, checkpoint or result in `file`, None if there is none. Stop if other settings made it."""
+    Stop if it was made with other values of the settings in `expected`. place: what to call the file."""
     if not file.exists():
         return None
-    try:
+    with explained(f"{place or file} is damaged or not of this program: move it away"):
         content = torch.load(file, "cpu") if file.suffix == ".pt" else json.loads(file.read_text("utf-8"))
         # A setting that is newer than the file had the paper's value when the file was written.
-        found = {name: usual for name, (usual, _) in PAPER.items()} | content["settings"]
-    except OSError:
-        raise
-    except Exception:  # damaged, or another program's: many types
-        raise Stop(f"{place or file} is damaged or not of this program: move it away") from None
-    other = [f"{k.lower()} {found.get(k)!r}, not {v!r}" for k, v in settings.items() if found.get(k) != v]
+        found = PAPER | content["settings"]
+    other = [f"{k.lower()} {found.get(k)!r}, not {v!r}" for k, v in expected.items() if found.get(k) != v]
     advice = "use those, move it away, or choose another --output-dir, --results-dir or repository"
     stop_if(other, f"{place or file} was made with {'; '.join(other)}: {advice}")
     return content
 
 
 def new_record():
-    """An empty record: device, versions, the loss of each step, seconds, peak memory in GB."""
+    """A record without training."""
     packages = "transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}  # +cpu or +cu128
-    versions |= {name: version(name) for name in packages}
-    record = {"device": DEVICE_NAME, "versions": versions, "tokens_per_microbatch": TOKENS_PER_MICROBATCH}
-    return record | {"loss": [], "seconds": 0.0, "peak_memory_gb": 0.0}
+    return {
+        "device": DEVICE_NAME,
+        "versions": versions | {name: version(name) for name in packages},
+        "tokens_per_microbatch": TOKENS_PER_MICROBATCH,
+        "loss": [],  # of each step
+        "seconds": 0.0,
+        "peak_memory_gb": 0.0,
+    }
 
 
 def checkpoint_settings(stage):
@@ -951,8 +973,8 @@ def checkpoint_settings(stage):
     return stage.decided_by | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
 
 
-def load_checkpoint(stage, tensors, optimizer):
-    """The record so far: a new one, or that of the stage's checkpoint, whose state is restored."""
+def restore_checkpoint(stage, tensors, optimizer):
+    """Restore the state in the stage's checkpoint, if there is one. Returns the record so far."""
     file = stage.folder / "checkpoint.pt"
     state = read_matching(file, checkpoint_settings(stage))
     if not state:
@@ -960,9 +982,11 @@ def load_checkpoint(stage, tensors, optimizer):
     for tensor, saved in zip(tensors, state["tensors"]):
         tensor.data.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
-    devices = dict.fromkeys([*state["record"]["device"].split(" + "), DEVICE_NAME])
-    print(f"resuming from {file} after step {len(state['record']['loss'])}")
-    return state["record"] | {"device": " + ".join(devices)}
+    record = state["record"]
+    if DEVICE_NAME not in record["device"].split(" + "):
+        record["device"] += f" + {DEVICE_NAME}"
+    print(f"resuming from {file} after step {len(record['loss'])}")
+    return record
 
 
 def finish(stage, record, write_weights):
@@ -984,23 +1008,29 @@ def finish(stage, record, write_weights):
 def copy_stage(stage, target):
     """Copy a finished stage into the folder `target`; heft.json, which says that all is there, comes last."""
     target.mkdir(exist_ok=True)
-    for name in (*stage.files, "heft.json"):
+    for name in stage.files:
         shutil.copy(stage.folder / name, target)
     changed = digest(target / stage.files[0]) != stage.record["weights"]
     stop_if(changed, f"{stage.folder / stage.files[0]} has changed since it was trained: move it away")
+    write(target / "heft.json", json.dumps(stage.record))
 
 
 @contextlib.contextmanager
 def lock_unfinished(stage):
     """Let only one process train a stage. After waiting, look again: another one may have finished it."""
-    if not stage.record:
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        file = open(stage.folder / "lock", "w")  # unlocked when this function or the process ends
+    if stage.record:
+        yield
+        return
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    with open(stage.folder / "lock", "w") as file:  # unlocked when it is closed, or when the process ends
         wait_for_lock(file)
         for left in stage.folder.glob("*.tmp"):  # by a process that was killed while it wrote
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        stage.record = read_record(stage, stage.folder)
-    yield
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        reuse(stage, stage.folder)
+        yield
 
 
 def wait_for_lock(file):
@@ -1025,9 +1055,11 @@ def digest(content, digits=16):
 
 
 def write(path, content):
-    """Write text, or what torch.save makes of the rest, then rename: a reader finds all of it or nothing."""
-    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
+    """Write text, or anything else with torch.save, then rename: a reader finds all of it or nothing."""
+    buffer = io.BytesIO()  # torch.save into a file hides that the disk is full
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
         torch.save(content, buffer)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1041,23 +1073,26 @@ def write(path, content):
 
 # ----- The Hub: queried at the start, where errors show early; filled at the end, when everything is on disk
 def hub_name(name):
-    """A name as the Hub allows it: at most 96 characters, no two of - and . in a row."""
+    """A name as the Hub allows it: at most 96 characters, and no -- or .. in it."""
     name = re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_"))
     return name if len(name) <= 96 else f"{name[:79].rstrip('-.')}-{digest(name)}"
 
 
-def query_hub(stages):
-    """Set `on_hub`. Stop if the token is not valid, or if a repository holds something else."""
+def query_hub(run):
+    """Set `on_hub` of the stages. Stop if the token is not valid, or if a repository holds something else."""
+    stages = run.stages
     advice = "set HF_TOKEN to a valid token, choose other repositories, or use --no-push-to-hub"
     stop_if(not huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
     try:
         with explained(f"cannot use {' and '.join(stage.repo for stage in stages)} on the Hub: {advice}"):
-            huggingface_hub.whoami()
+            huggingface_hub.whoami()  # fails if the token is not valid
             for stage in stages:
                 stage.on_hub = find_on_hub(stage)
     except Stop as stop:
-        if stop.status == 2:
+        if stop.status == 2:  # the user can fix it; 1: the Hub is down
             raise
+        later = f"the Hub is unreachable, and the same command pushes later ({stop})"
+        stop_if(run.result, f"{run.file} is finished; {later}", 1)
         print(f"the Hub is unreachable: nothing is reused from it, and pushing is tried at the end ({stop})")
     same = len({stage.repo for stage in stages}) < len(stages)
     stop_if(same, f"{stages[0].repo} cannot hold both stages: choose another --hf-repo-refit")
@@ -1066,53 +1101,55 @@ def query_hub(stages):
 def find_on_hub(stage):
     """Download the finished stage from its repository. Returns its folder; False if there is nothing yet.
 
-    Stop if it holds anything else. (A stage 2 may have been trained on another run's twin of stage 1.)"""
+    Stop if it holds anything else. A stage 2 on another stage 1 of the same settings is the same stage."""
     if "/" not in stage.repo:
         stage.repo = f"{HF_USER or huggingface_hub.whoami()['name']}/{stage.repo}"
     try:
         files = set(huggingface_hub.list_repo_files(stage.repo)) - {".gitattributes"}
     except RepositoryNotFoundError:
         return False
-    other = files and "heft.json" not in files
-    stop_if(other, f"the Hub repository {stage.repo} holds something else: choose another, or empty it")
     if not files:
         return False
+    foreign = "heft.json" not in files
+    stop_if(foreign, f"the Hub repository {stage.repo} holds something else: choose another, or empty it")
     names = ["heft.json", "adapter/*", *stage.files]
     snapshot = Path(huggingface_hub.snapshot_download(stage.repo, allow_patterns=names))
-    settings = {name: value for name, value in stage.decided_by.items() if name != "STAGE_1"}
-    read_matching(snapshot / "heft.json", settings, f"the Hub repository {stage.repo}")
+    expected = {name: value for name, value in stage.decided_by.items() if name != "STAGE_1"}
+    read_matching(snapshot / "heft.json", expected, f"the Hub repository {stage.repo}")
+    # The repository of stage 1 holds the merged model and, in adapter/, the stage.
     return snapshot / "adapter" if stage.files == ADAPTER_FILES else snapshot
 
 
-def push_stages(model, base, run, lora, reft):
-    """Upload the finished stages that the Hub does not have. Returns what failed, as phrases."""
+def push_stages(model, base, run):
+    """Upload the finished stages that the Hub does not have. Stop with status 1 if that fails."""
     failed = []
     for stage in run.stages:
         try:
             if not stage.on_hub:
-                push(stage, model, base, run, lora, reft)
-        except Exception as error:  # a failed upload must not fail a finished run
+                push(stage, model, base, run)
+        except Exception as error:  # of many types; the other stage is pushed all the same
             failed.append(f"{stage.title} to {stage.repo} ({first_line(error)})")
-    return failed
+    later = f"everything is saved; to push later, run: {shlex.join(['python', *sys.argv])}"
+    stop_if(failed, f"not pushed: {'; '.join(failed)}; {later}", 1)
 
 
-def push(stage, model, base, run, lora, reft):
+def push(stage, model, base, run):
     """Upload a finished stage in one commit, unless the repository has one with the same settings."""
-    if find_on_hub(stage):
+    if find_on_hub(stage):  # another run may have pushed meanwhile
         print(f"{stage.repo} has {stage.title} of the same settings from another run: left as it is")
         return
     print(f"pushing {stage.title} to {stage.repo}")
     # Not in OUTPUT_DIR, which a cluster transfers: the merged model can be rebuilt in seconds.
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=".") as folder:
         folder = Path(folder)
-        if lora.epochs:
-            copy_stage(lora, folder / "adapter")
-        if stage is lora:
+        if run.lora.epochs:
+            copy_stage(run.lora, folder / "adapter")
+        if stage is run.lora:
             write_merged(model, base, folder)
             shutil.copy(folder / "adapter/heft.json", folder)
         else:
-            copy_stage(reft, folder)
-        write(folder / "README.md", model_card(stage, run, lora))
+            copy_stage(run.reft, folder)
+        write(folder / "README.md", model_card(stage, run))
         huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=stage.repo, folder_path=folder, commit_message="HEFT")
 
@@ -1127,16 +1164,16 @@ def write_merged(model, base, folder):
             shutil.copy(path, folder)
 
 
-def model_card(stage, run, lora):
+def model_card(stage, run):
     """The README of a repository: what it holds, the result of the run, the lines that load it."""
     names = (BASE_MODEL, DATASET)
     base, data = (os.path.basename(os.path.abspath(x)) if os.path.isdir(x) else x for x in names)
-    load = [f'model = AutoModelForCausalLM.from_pretrained("{stage.repo}", dtype=torch.{DTYPE})']
-    if stage is not lora:
-        # In bfloat16, since pyreft loads interventions so.
+    if stage is run.lora:
+        load = [f'model = AutoModelForCausalLM.from_pretrained("{stage.repo}", dtype=torch.{DTYPE})']
+    else:  # in bfloat16, as pyreft loads every intervention in it
         load = [f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.bfloat16)']
         load += [f'folder = huggingface_hub.snapshot_download("{stage.repo}")']
-        if lora.epochs:
+        if run.lora.epochs:
             load += ['model = PeftModel.from_pretrained(model, folder + "/adapter").merge_and_unload()']
         load += ["reft_model = pyreft.ReftModel.load(folder, model)"]
     lines = "\n".join(load)
@@ -1158,8 +1195,8 @@ Settings: `{json.dumps(stage.decided_by)}`. The licence of the base model applie
 
 
 # ----- The last screen
-def print_summary(run, not_pushed):
-    """Print what was done, the result, the time and the files. Stop with status 1 if a push failed."""
+def print_summary(run):
+    """Print what was done, the result, the time and the files."""
     trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
     seconds = ", ".join(f"{part} {value:.1f}" for part, value in run.result["seconds"].items())
     files = [run.file, run.file.with_suffix(".predictions.jsonl"), *(stage.folder for stage in run.stages)]
@@ -1168,8 +1205,6 @@ def print_summary(run, not_pushed):
         print(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
     print(f"seconds  {seconds}; peak memory {max(run.result['peak_memory_gb'].values()):.1f} GB")
     print(f"files    {', '.join(map(str, files))}")
-    later = f"everything is saved; to push later, run: {shlex.join(['python', *sys.argv])}"
-    stop_if(not_pushed, f"not pushed: {'; '.join(not_pushed)}; {later}", 1)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_an_intervention_is_not_paired_with_another_stage_1(finished, tiny, beco
     take_away(finished, "results/*", f"{STAGE_2}/adapter")
     take_away(finished, STAGE_1) if become == "lost" else another_stage_1(finished, tiny)
     shown = run(finished, tiny)
-    refused(shown, "output/lora1-reft1-", "trained on", "move")
+    refused(shown, "output/lora1-reft1-", "stage_1", "move it away")
     assert "trainable parameters" not in shown.out
     take_away(finished, STAGE_2)
     assert run(finished, tiny).status == 0

@@ -432,7 +432,9 @@ def test_a_result_of_other_weights_is_not_pushed_with_these(finished, tiny_data,
     result["settings"][stage] = "other"
     file.write_text(json.dumps(result))
     status, out, err = run(hub, folder, tiny_data)
-    assert status == 2 and f"{file.relative_to(folder)} was measured on are not there" in error_line(err)
+    assert status == 2 and f"{file.relative_to(folder)} was made with {stage.lower()} 'other'" in error_line(
+        err
+    )
     assert not hub.files
 
 

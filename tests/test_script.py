@@ -25,7 +25,6 @@ import heft_finetuning as heft
 
 SCRIPT = ROOT / "heft_finetuning.py"
 SHORT = "--epochs-lora 1 --epochs-reft 1"
-PAPERS = {name: value for name, (value, _) in heft.PAPER.items()}
 
 
 def run(work, given, flags=SHORT):
@@ -66,7 +65,7 @@ def test_prompt_is_the_papers():
 
 def test_defaults_are_the_papers():
     settings = heft.read_settings([])
-    assert {name: settings[name] for name in PAPERS} == PAPERS
+    assert {name: settings[name] for name in heft.PAPER} == heft.PAPER
     assert (settings["EPOCHS_LORA"], settings["EPOCHS_REFT"]) == (3, 3)
     assert [heft.identity(settings, part)[0] for part in ("run", "lora")] == ["lora3-reft3", "lora3"]
 
@@ -121,7 +120,7 @@ def test_name_says_what_differs_from_the_paper(flags, name, stage_1):
 
 def test_every_setting_that_changes_the_experiment_changes_the_name():
     usual = heft.read_settings([])
-    other = {name: f"{value}x" if isinstance(value, str) else value + 1 for name, value in PAPERS.items()}
+    other = {name: f"{value}x" if isinstance(value, str) else value + 1 for name, value in heft.PAPER.items()}
     names = {heft.identity(usual | {name: value}, "run")[0] for name, value in other.items()}
     assert len(names) == len(other) and heft.identity(usual, "run")[0] not in names
 
