@@ -792,9 +792,7 @@ def test_a_program_in_the_folder_is_not_run(given, monkeypatch, part):
     refused(shown, "given/model") if shown.status else outcome(given.parent / "work")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gemma3_text", "qwen2"])
-def test_models_of_other_kinds(given, kind):
-    """Without rotary embeddings, positions or a window: evaluated and adapted, or refused in one line."""
+def model_of_kind(given, kind, **more):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     size = len(AutoTokenizer.from_pretrained(given / "model"))
@@ -802,8 +800,20 @@ def test_models_of_other_kinds(given, kind):
     shape |= dict(intermediate_size=64, ffn_dim=64, word_embed_proj_dim=32, num_key_value_heads=4)
     shape |= dict(pad_token_id=None, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(shape | more)))
     model.save_pretrained(given / "model")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "openai-gpt"])
+def test_positions_under_any_name(given, kind):
+    model_of_kind(given, kind, max_position_embeddings=32, n_positions=32, rotary_dim=4)
+    refused(run(given.parent / "work", given, EVALUATE), "takes 32 tokens")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gemma3_text", "qwen2"])
+def test_models_of_other_kinds(given, kind):
+    """Without rotary embeddings, positions or a window: evaluated and adapted, or refused in one line."""
+    model_of_kind(given, kind)
     shown = run(given.parent / "work", given, "--epochs-lora 1 --epochs-reft 0")
     assert shown.status == 0 and not shown.err, shown
     shown = run(given.parent / "work", given, "--epochs-lora 0 --epochs-reft 1 --reft-layer 1")
