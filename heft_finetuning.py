@@ -121,11 +121,11 @@ def main():
     lora_examples, reft_examples = training_examples(base.tokenizer, train_rows)
     check_lengths(base, lora_examples, questions)
     check_device(base)
-    check_folders()
 
     # Reuse what earlier runs with the same settings, data and base model finished; refuse anything else
     run = plan_run(settings, base, train_rows, questions)
     find_earlier_work(run)  # exits if everything is done
+    check_folders()
     print(f"run {run.name} on {DEVICE_NAME}: {base.shape.num_parameters():,} parameters in {DTYPE}, ", end="")
     print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
 
