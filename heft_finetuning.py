@@ -812,7 +812,7 @@ def load_base_model(base):
         if not os.path.isdir(BASE_MODEL):  # the weights join the other files of this commit, in base.folder
             weights = dict(revision=base.version, allow_patterns="*.safetensors")
             huggingface_hub.snapshot_download(BASE_MODEL, **weights)
-        # Its own generation_config.json would fill in what `answer` leaves open, and change the answers.
+        # Its own generation_config.json would fill in what generate_answers leaves open.
         options = dict(generation_config=GenerationConfig(), use_safetensors=True, output_loading_info=True)
         options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE)
         model, loading = AutoModelForCausalLM.from_pretrained(base.folder, **options)

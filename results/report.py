@@ -294,7 +294,7 @@ def mark(axes, label, x, y, seeds=()):
     axes.plot([x] * len(seeds), seeds, marker, ms=5, mec="white", mew=0.7, **style)
     side = "right" if label in ("LoRA 3", "LoRA 20") else "left"  # so that labels seldom meet
     below = label in ("LoRA 4", "LoReFT 20") or text == "here"
-    offset = (-8 if side == "right" else 8, -11 if below else 5)
+    offset = (-8 if side == "right" else 8, -11 if below else 5) if label != "LoRA 3" else (6, 7)
     axes.annotate(text, (x, y), offset, textcoords="offset points", color=color, weight=weight, ha=side)
 
 
