@@ -53,7 +53,7 @@ RESULTS_DIR = "results"    # results and predictions
 RESULTS_FILE = ""          # name of the result in RESULTS_DIR; "" is <name of the run>.json
 # ---------------------------------------------------------------------------------------------
 # fmt: on
-# A new one also goes into ALLOWED and, if it changes results, into PAPER.
+# A new one goes into ALLOWED, too (unless it is True or False), and, if it changes results, into PAPER.
 SETTINGS = [name for name in globals() if name.isupper()]
 
 import argparse
@@ -125,7 +125,6 @@ def main():
     # Reuse what earlier runs with the same settings, data and base model finished; refuse anything else
     run = plan_run(settings, base, train_rows, questions)
     find_earlier_work(run)  # exits if everything is done
-    check_folders()
     print(f"run {run.name} on {DEVICE_NAME}: {base.shape.num_parameters():,} parameters in {DTYPE}, ", end="")
     print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
 
@@ -522,8 +521,8 @@ if DEVICE == "cuda":
 else:
     DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
 # fmt: off
-# The paper's value of each setting that changes results. Any other value becomes part of the run's name, in
-# this order: never reorder. A new setting's value here is what the script did before it had the setting.
+# The paper's value of each setting (besides the epochs) that decides results. Any other value becomes part of
+# the run's name, in this order: do not reorder. Of a new setting, the value is what the script did before it.
 PAPER = dict(
     BASE_MODEL="meta-llama/Llama-2-7b-chat-hf", DATASET="google/boolq",
     LORA_RANK=8, LORA_ALPHA=32, LORA_DROPOUT=0.05, LORA_TARGETS="", LEARNING_RATE_LORA=2e-4,
@@ -534,6 +533,7 @@ PREFIX = dict(  # of the value in the name, where it is not the setting's name i
     EPOCHS_LORA="lora", EPOCHS_REFT="reft", BASE_MODEL="", DATASET="on_", LORA_TARGETS="lora_targets_",
     LEARNING_RATE_LORA="lr_lora", LEARNING_RATE_REFT="lr_reft", DTYPE="dtype_",
     MAX_TRAIN_SAMPLES="train", MAX_EVAL_SAMPLES="eval")
+# Those that a run does not have without the stage.
 LORA_SETTINGS = ["LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LEARNING_RATE_LORA"]
 REFT_SETTINGS = ["REFT_LAYER", "REFT_RANK", "LEARNING_RATE_REFT"]
 EVALUATION_SETTINGS = ["MAX_NEW_TOKENS", "MAX_EVAL_SAMPLES"]
@@ -702,16 +702,12 @@ def inspect_base_model():
     with explained(f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"):
         if os.path.isdir(BASE_MODEL):
             folder = Path(BASE_MODEL)
-            patterns = ["*.safetensors", "config.json", *TOKENIZER_FILES]
-            files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-            weights = [file for file in files if file.suffix == ".safetensors"]
+            weights = any(folder.glob("*.safetensors"))
             stop_if(not weights, f"the folder {BASE_MODEL!r} holds no weights in safetensors form")
-            content = digest({file.name: digest(file) for file in files})
         else:
             small = dict(allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
             quiet = dict(tqdm_class=partial(tqdm, disable=True))
             folder = Path(huggingface_hub.snapshot_download(BASE_MODEL, **small, **quiet))
-            content = folder.name  # the commit
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
         stop_if(not plain, f"{BASE_MODEL!r} is multimodal or quantized: use a plain language model")
@@ -722,6 +718,10 @@ def inspect_base_model():
             shape = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
         check_tokenizer(tokenizer)
         check_stages(shape)
+        patterns = ["*.safetensors", "config.json", *TOKENIZER_FILES]
+        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+        commit = None if os.path.isdir(BASE_MODEL) else folder.name
+        content = commit or digest({file.name: digest(file) for file in files})
     return BaseModel(folder, content, tokenizer, shape)
 
 
@@ -903,6 +903,7 @@ def find_earlier_work(run):
     if run.result and pushed and not MERGED_DIR:
         print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
         sys.exit(0)
+    check_folders()
     # A stage 2 is used only with the stage 1 it was trained on, which lies in its folder: look there first.
     if EPOCHS_REFT:
         reuse(run.reft, run.reft.folder, run.reft.on_hub)
@@ -941,11 +942,12 @@ def reuse(stage, *folders):
 def read_matching(file, expected, place=None):
     """The record, checkpoint or result in `file`, None if there is none.
 
-    Stop if it was made with other values of the settings in `expected`. place: what to call the file."""
-    if not file.exists():
+    Stop if it is damaged, or made with other values of the settings in `expected`. place: what to call it."""
+    if not os.path.exists(file):
         return None
+    data = file.read_bytes()
     with explained(f"{place or file} is damaged or not of this program: move it away"):
-        content = torch.load(file, "cpu") if file.suffix == ".pt" else json.loads(file.read_text("utf-8"))
+        content = torch.load(io.BytesIO(data), "cpu") if file.suffix == ".pt" else json.loads(data)
         # A setting that is newer than the file had the paper's value when the file was written.
         found = PAPER | content["settings"]
     other = [f"{k.lower()} {found.get(k)!r}, not {v!r}" for k, v in expected.items() if found.get(k) != v]
@@ -1024,11 +1026,11 @@ def lock_unfinished(stage):
     stage.folder.mkdir(parents=True, exist_ok=True)
     with open(stage.folder / "lock", "w") as file:  # unlocked when it is closed, or when the process ends
         wait_for_lock(file)
-        for left in stage.folder.glob("*.tmp"):  # by a process that was killed while it wrote
+        for left in list(stage.folder.glob("**/*.tmp")):  # by a process that was killed while it wrote
             if left.is_dir():
                 shutil.rmtree(left)
             else:
-                left.unlink()
+                left.unlink(missing_ok=True)
         reuse(stage, stage.folder)
         yield
 
@@ -1194,7 +1196,7 @@ Settings: `{json.dumps(stage.decided_by)}`. The licence of the base model applie
 """
 
 
-# ----- The last screen
+# ----- The summary
 def print_summary(run):
     """Print what was done, the result, the time and the files."""
     trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)

@@ -226,7 +226,7 @@ def trainers_stage_1(folder, o):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, o.dtype))
-    heft.DATASET, heft.LORA_DROPOUT = str(folder / "data"), 0.0
+    heft.DATASET, heft.LORA_DROPOUT, heft.EPOCHS_REFT = str(folder / "data"), 0.0, 0
     examples, _ = heft.training_examples(tokenizer, heft.load_boolq("train", tokenizer))
     arguments = TrainingArguments(
         folder / "trainer",
@@ -384,7 +384,7 @@ def main(o):
         make_model(folder / "model", o.model, o.layers, o.width, o.dtype, spread=spread)
         new, old, trainer = ours(folder, o), None, None
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
-            if o.trainer:
+            if o.trainer and o.epochs_lora:
                 trainer = process.submit(trainers_stage_1, folder, o).result()
             if not o.ours_only:
                 old = process.submit(theirs, folder, o).result()

@@ -411,6 +411,7 @@ REFUSED = {  # what is wrong: how the given files are spoilt; flags; what the li
     "push without a token": (None, "--push-to-hub", "HF_TOKEN"),
     "output is a file": (write("../work/file", "x"), "--output-dir file", "'file'"),
     "results below a file": (write("../work/file", "x"), "--results-dir file/x", "file/x"),
+    "output under too long a name": (None, f"--output-dir {'x' * 300}", "choose another"),
     "merged into the base model": (None, "--merged-dir ../given/model", "--merged-dir", "overwrite"),
     "result of other settings": (
         write("../work/results/mine.json", '{"settings": {"EPOCHS_LORA": 20}}'),
