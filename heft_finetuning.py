@@ -758,7 +758,8 @@ def check_stages(shape):
             stop_if(not found, f"--lora-targets: no layer of {BASE_MODEL!r} is called {target}")
         ends = [shape.get_input_embeddings(), shape.get_output_embeddings()]
         shared = config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends)  # PEFT's
-        stop_if(shared, "--lora-targets: input and output embeddings are shared, so no update can be merged")
+        name = f"--lora-targets {LORA_TARGETS}"
+        stop_if(shared, f"{name}: input and output embeddings are one matrix, so no update can be merged")
         adapted.unload()
 
 

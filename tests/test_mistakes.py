@@ -194,7 +194,7 @@ SETTINGS = [  # flags; what the line must say
     ("--dtype int8", "argument --dtype: must be bfloat16 or float32"),
     ("--reft-layer -1", "argument --reft-layer: must be"),
     ("--base-model=", "argument --base-model: must be a name, not empty"),
-    ("--results-file ../x.json", "argument --results-file: must be a name in .json, without a folder"),
+    ("--results-file ../x.json", "argument --results-file: must be a file name in .json, without a folder"),
     ("--results-file x.txt", "argument --results-file: must be"),
     ("--push-to-hub=no", "argument --push-to-hub"),
 ]
