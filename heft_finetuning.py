@@ -103,7 +103,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
-DEVICE = "cuda" if torch.cuda.is_available() and "--smoke" not in sys.argv else "cpu"  # the toy needs no GPU
+SMOKE = "--smoke" in sys.argv  # the toy run, which needs no GPU
+DEVICE = "cuda" if torch.cuda.is_available() and not SMOKE else "cpu"
 IGNORE = -100  # label of a token without loss, as in torch
 LOCK_SECONDS = 600  # how long a run waits for another one that trains the same stage
 
@@ -111,21 +112,25 @@ LOCK_SECONDS = 600  # how long a run waits for another one that trains the same 
 def main():
     """The experiment, in the order of the paper's sections [in brackets]."""
     settings = read_settings(sys.argv[1:])
-    globals().update(settings)  # from here on the constants (and SMOKE) are what the flags say
+    globals().update(settings)  # from here on the constants are what the flags say
     set_up_libraries()
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage learns from them [4.1]
     base = inspect_base_model()
     train_rows = load_boolq("train", base.tokenizer) if EPOCHS_LORA or EPOCHS_REFT else []
     questions = load_boolq("validation", base.tokenizer)
-    lora_examples, reft_examples = training_examples(base.tokenizer, train_rows)
+    lora_examples = lora_training_examples(base.tokenizer, train_rows)
+    reft_examples = reft_training_examples(base.tokenizer, train_rows) if EPOCHS_REFT else []
     check_lengths(base, lora_examples, questions)
     check_device(base)
 
     # Reuse what earlier runs with the same settings, data and base model finished; refuse anything else
     run = plan_run(settings, base, train_rows, questions)
-    find_earlier_work(run)  # exits if everything is done
-    print(f"run {run.name} on {DEVICE_NAME}: {base.shape.num_parameters():,} parameters in {DTYPE}, ", end="")
+    if already_done(run):
+        return
+    check_folders()
+    find_finished_stages(run)
+    print(f"run {run.name} on {DEVICE_NAME}, {base.meta_model.num_parameters():,} parameters in {DTYPE}")
     print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
@@ -171,15 +176,18 @@ def format_boolq(example):
 def load_boolq(split, tokenizer):
     """The rows of a split in the data's order: dicts of question, prompt, answer, tokens (the prompt's)."""
     rows = []
-    for place, row in read_folder(split) if os.path.isdir(DATASET) else read_hub(split):
+    located_rows = read_folder(split) if os.path.isdir(DATASET) else read_hub(split)
+    for place, row in located_rows:
         with explained(f"{place}: a row needs question and passage (text) and answer (true or false)"):
-            row = json.loads(row.decode()) if isinstance(row, bytes) else row
+            if isinstance(row, bytes):  # from read_folder; parsed here, so that an error names the place
+                row = json.loads(row.decode())
             (row["question"] + row["passage"]).encode()  # an error, unless both are text
             if not isinstance(row["answer"], int) or row["answer"] not in (0, 1):
                 raise ValueError(f"its answer is {row['answer']!r}")
         rows.append(format_boolq(row) | {"question": row["question"]})
     stop_if(not rows, f"the {split} split of the dataset {DATASET!r} is empty")
-    rows = rows[: (MAX_TRAIN_SAMPLES if split == "train" else MAX_EVAL_SAMPLES) or None]
+    limit = MAX_TRAIN_SAMPLES if split == "train" else MAX_EVAL_SAMPLES
+    rows = rows[:limit] if limit else rows
     return [row | {"tokens": tokenizer(row["prompt"])["input_ids"]} for row in rows]
 
 
@@ -207,24 +215,34 @@ def read_hub(split):
     return [(f"{DATASET}, {split}, row {number}", row) for number, row in enumerate(rows.to_list(), 1)]
 
 
-def training_examples(tokenizer, rows):
-    """Dicts of lists for (LoRA, LoReFT). LoRA learns from input_ids, labels; LoReFT from input_ids (the last
-    prompt token, the answer, EOS), labels, prefix (the tokens before) and prefix_mask (a 1 for each)."""
-    lora_examples, reft_examples, end = [], [], tokenizer.eos_token
+def lora_training_examples(tokenizer, rows):
+    """What LoRA learns from, as lists: input_ids (the whole text) and labels."""
+    examples = []
     for row in rows:
+        text = f"{row['prompt']} {row['answer']}{tokenizer.eos_token}"
+        tokens = tokenizer(text)["input_ids"][:MAX_LENGTH]
         # Loss on all tokens except padding. Llama 2 is padded with EOS, so the real EOS is masked, too.
-        tokens = tokenizer(f"{row['prompt']} {row['answer']}{end}")["input_ids"][:MAX_LENGTH]
         labels = [IGNORE if token == tokenizer.pad_token_id else token for token in tokens]
-        lora_examples.append({"input_ids": tokens, "labels": labels})
-        # Loss on the answer and the EOS after it; the paper's stage 2 has no space before the answer.
-        tokens, n = tokenizer(f"{row['prompt']}{row['answer']}{end}")["input_ids"], len(row["tokens"])
-        joined = EPOCHS_REFT and tokens[:n] != row["tokens"]
+        examples.append({"input_ids": tokens, "labels": labels})
+    return examples
+
+
+def reft_training_examples(tokenizer, rows):
+    """What LoReFT learns from, as lists: input_ids (the last prompt token, the answer, EOS), labels, prefix
+    (the tokens before) and prefix_mask (a 1 for each)."""
+    examples = []
+    for row in rows:
+        # The paper's stage 2 has no space before the answer.
+        tokens = tokenizer(f"{row['prompt']}{row['answer']}{tokenizer.eos_token}")["input_ids"]
+        n = len(row["tokens"])
+        joined = tokens[:n] != row["tokens"]
         stop_if(joined, f"the tokenizer of {BASE_MODEL!r} joins prompt and answer: use --epochs-reft 0")
-        prefix = {"prefix": tokens[: n - 1], "prefix_mask": [1] * (n - 1)}
-        if EPOCHS_REFT and len(tokens) <= MAX_LENGTH:  # cutting a longer one would remove its answer
-            reft_examples.append(prefix | {"input_ids": tokens[n - 1 :], "labels": [IGNORE, *tokens[n:]]})
-    stop_if(EPOCHS_REFT and not reft_examples, f"no training example fits into --max-length {MAX_LENGTH}")
-    return lora_examples, reft_examples
+        if len(tokens) <= MAX_LENGTH:  # cutting a longer one would remove its answer
+            prefix = {"prefix": tokens[: n - 1], "prefix_mask": [1] * (n - 1)}
+            labels = [IGNORE, *tokens[n:]]  # loss on the answer and EOS
+            examples.append(prefix | {"input_ids": tokens[n - 1 :], "labels": labels})
+    stop_if(not examples, f"no training example fits into --max-length {MAX_LENGTH}")
+    return examples
 
 
 # ----- Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
@@ -239,7 +257,7 @@ def microbatches(lengths, max_tokens):
 
 
 def length(example):
-    """The tokens of a training example of either stage."""
+    """The tokens that an example adds to a micro-batch (in stage 2, without the start that all share)."""
     return len(example.get("prefix", [])) + len(example["input_ids"])
 
 
@@ -248,7 +266,8 @@ def collate(examples):
     padded on the right, where causal attention never looks: without a prefix, no mask is needed."""
 
     def padded(key, group):
-        rows, value = [torch.tensor(examples[i][key]) for i in group], IGNORE if key == "labels" else 0
+        rows = [torch.tensor(examples[i][key]) for i in group]
+        value = IGNORE if key == "labels" else 0
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(DEVICE)
 
     groups = microbatches([length(example) for example in examples], TOKENS_PER_MICROBATCH)
@@ -279,12 +298,12 @@ def accumulate_gradients(forward, examples):
 def check_memory(forward, examples):
     """Run the largest possible micro-batches once on a GPU: too little memory shows within seconds."""
 
-    def largest(example):  # micro-batch of this example
+    def full_microbatch(example):  # as many copies as fit
         return [example] * min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // length(example)))
 
     if DEVICE != "cpu":
-        accumulate_gradients(forward, largest(max(examples, key=length)))
-        most_tokens = max(map(largest, examples), key=lambda rows: len(rows) * length(rows[0]))
+        accumulate_gradients(forward, full_microbatch(max(examples, key=length)))
+        most_tokens = max(map(full_microbatch, examples), key=lambda rows: len(rows) * length(rows[0]))
         accumulate_gradients(forward, most_tokens)
 
 
@@ -315,8 +334,9 @@ def train(stage, module, forward, examples, first_rate):
             rate = optimizer.param_groups[0]["lr"] = first_rate * ((steps - step) / steps)
             loss = accumulate_gradients(forward, batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            values = f"loss {loss}, gradient {norm} at step {step + 1}"
-            stop_if(not (loss + norm).isfinite(), f"{values}: try a lower rate, or --dtype float32", 1)
+            if not (loss + norm).isfinite():
+                values = f"loss {loss}, gradient {norm} at step {step + 1}"
+                raise Stop(f"{values}: try a lower rate, or --dtype float32", 1)
             optimizer.step()
             optimizer.zero_grad()
             record["loss"].append(loss.item())
@@ -358,7 +378,9 @@ def lora_config():
     """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
     from peft import LoraConfig
 
-    targets = {"": None, "all-linear": "all-linear"}.get(LORA_TARGETS, LORA_TARGETS.replace(",", " ").split())
+    targets = LORA_TARGETS.replace(",", " ").split()
+    if LORA_TARGETS in ("", "all-linear"):  # PEFT's default for the model; PEFT's keyword
+        targets = LORA_TARGETS or None
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
@@ -393,12 +415,12 @@ def add_intervention(model):
     return get_reft_model(model, config), intervention
 
 
-def from_last_prompt_token(model, reft_model, examples):
+def prepare_forward(model, reft_model, examples):
     """(examples without the start that all prompts share, function `forward` for `train`).
 
-    The paper backpropagates through all prompt tokens. Those before the last are constant, as is the model:
-    their keys and values need no gradient. The start that all prompts share is computed once and removed from
-    the prefixes, none of which may become empty; prefix_mask still covers it."""
+    The paper backpropagates through all prompt tokens. Only the last one is edited: keys and values of those
+    before it do not depend on what is trained, and need no gradient. The shared start is computed once and
+    removed from `prefix`, which keeps at least one token, but not from prefix_mask."""
     common = os.path.commonprefix([example["prefix"][:-1] for example in examples])
     examples = [example | {"prefix": example["prefix"][len(common) :]} for example in examples]
     start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
@@ -406,7 +428,7 @@ def from_last_prompt_token(model, reft_model, examples):
     def forward(input_ids, prefix, prefix_mask):
         cache = copy.deepcopy(start)
         cache.batch_repeat_interleave(len(input_ids))
-        model.base_model(prefix, past_key_values=cache)
+        model.base_model(prefix, past_key_values=cache)  # fills the cache
         position = prefix_mask.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=DEVICE)
         mask = torch.cat([prefix_mask, torch.ones_like(input_ids)], 1)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position}
@@ -425,12 +447,13 @@ def stage_2_loreft(model, stage, stage_1, examples):
             adapter = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
             if stage_1.epochs and stage_1.folder != adapter:
                 copy_stage(stage_1, adapter)
-            examples, forward = from_last_prompt_token(model, reft_model, examples)
+            examples, forward = prepare_forward(model, reft_model, examples)
             record = train(stage, intervention, forward, examples, LEARNING_RATE_REFT)
             reft_model.set_device("cpu", set_model=False)  # saved from the CPU, the file loads without a GPU
             with contextlib.redirect_stdout(None):
                 finish(stage, record, reft_model.save)
-    # Evaluate what was saved, after training as in a later run. (ReftModel.load always returns bfloat16.)
+    # Load the saved file even right after training: a later run then evaluates the same weights.
+    # (Not by ReftModel.load, which always returns bfloat16.)
     weights = torch.load(stage.folder / stage.files[0], map_location=DEVICE, weights_only=True)
     intervention.load_state_dict(weights)
     reft_model.set_device(DEVICE, set_model=False)
@@ -442,7 +465,9 @@ def generate_answers(model, reft_model, tokenizer, questions):
     """(the generated text for each question, in their order; the evaluation's record)."""
     print(f"\nevaluation of {len(questions):,} questions")
     reset_peak_memory()
-    prompts, text_of, started = [row["tokens"] for row in questions], {}, time.time()
+    prompts = [row["tokens"] for row in questions]
+    text_of = {}
+    started = time.time()
     # Greedy: the chat model's own generation_config.json, which load_base_model leaves out, would sample.
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, **ends)
@@ -521,8 +546,8 @@ if DEVICE == "cuda":
 else:
     DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
 # fmt: off
-# The paper's value of each setting (besides the epochs) that decides results. Any other value becomes part of
-# the run's name, in this order: do not reorder. Of a new setting, the value is what the script did before it.
+# Settings that decide results, besides the epochs, with the paper's values. Other values go into the run's
+# name, in this order: do not reorder. Give a new setting the value with which the script acts as before.
 PAPER = dict(
     BASE_MODEL="meta-llama/Llama-2-7b-chat-hf", DATASET="google/boolq",
     LORA_RANK=8, LORA_ALPHA=32, LORA_DROPOUT=0.05, LORA_TARGETS="", LEARNING_RATE_LORA=2e-4,
@@ -533,10 +558,10 @@ PREFIX = dict(  # of the value in the name, where it is not the setting's name i
     EPOCHS_LORA="lora", EPOCHS_REFT="reft", BASE_MODEL="", DATASET="on_", LORA_TARGETS="lora_targets_",
     LEARNING_RATE_LORA="lr_lora", LEARNING_RATE_REFT="lr_reft", DTYPE="dtype_",
     MAX_TRAIN_SAMPLES="train", MAX_EVAL_SAMPLES="eval")
-# Those that a run does not have without the stage.
+# A run without the stage does not depend on these.
 LORA_SETTINGS = ["LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LEARNING_RATE_LORA"]
 REFT_SETTINGS = ["REFT_LAYER", "REFT_RANK", "LEARNING_RATE_REFT"]
-EVALUATION_SETTINGS = ["MAX_NEW_TOKENS", "MAX_EVAL_SAMPLES"]
+EVALUATION_SETTINGS = ["MAX_NEW_TOKENS", "MAX_EVAL_SAMPLES"]  # no stage depends on these
 PAPER_ACCURACY = {"lora0-reft20": 83.36, "lora20-reft0": 85.05, "lora3-reft3": 85.17, "lora20-reft20": 85.47}
 # What --smoke changes: the same script on the embedded toy, which needs larger steps.
 SMOKE_VALUES = dict(
@@ -592,11 +617,16 @@ def read_settings(arguments):
 
 def identity(settings, part):
     """(name, settings) of part "lora", "reft" or "run": the settings that decide its outcome, and a name such
-    as lora3-reft3-seed7, with a part for each of them that is not the paper's (or the smoke run's)."""
-    absent = [] if part == "run" else [*EVALUATION_SETTINGS]
-    absent += ["EPOCHS_REFT", *REFT_SETTINGS] if part == "lora" else []  # stage 2 depends on stage 1's, too
-    absent += LORA_SETTINGS if not settings["EPOCHS_LORA"] else []
-    absent += REFT_SETTINGS if not settings["EPOCHS_REFT"] else []
+    as lora3-reft3-seed7: the epochs, then what differs from PAPER (in a smoke run, from SMOKE_VALUES)."""
+    absent = []
+    if part != "run":
+        absent += EVALUATION_SETTINGS
+    if part == "lora":  # not "reft": stage 2 depends on stage 1's settings, too
+        absent += ["EPOCHS_REFT", *REFT_SETTINGS]
+    if not settings["EPOCHS_LORA"]:
+        absent += LORA_SETTINGS
+    if not settings["EPOCHS_REFT"]:
+        absent += REFT_SETTINGS
     names = [name for name in ("EPOCHS_LORA", "EPOCHS_REFT", *PAPER) if name not in absent]
     usual = PAPER | (SMOKE_VALUES if settings["SMOKE"] else {})  # without the epochs, which are always named
     parts = []
@@ -694,7 +724,7 @@ class BaseModel:
     folder: Path  # BASE_MODEL or, of a model on the Hub, its copy in the cache
     version: str  # hash of the files that decide its outputs; of a model on the Hub, its commit
     tokenizer: transformers.PreTrainedTokenizerBase
-    shape: torch.nn.Module  # the model without weights, on the "meta" device
+    meta_model: torch.nn.Module  # the model without weights, on the "meta" device
 
 
 def inspect_base_model():
@@ -715,18 +745,19 @@ def inspect_base_model():
         stop_if(adapter, f"{BASE_MODEL!r} holds a PEFT adapter, too: merge it, or move it away")
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
+            meta_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
         check_tokenizer(tokenizer)
-        check_stages(shape)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as in the paper
+        check_stages(meta_model)
         patterns = ["*.safetensors", "config.json", *TOKENIZER_FILES]
         files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
         commit = None if os.path.isdir(BASE_MODEL) else folder.name
-        content = commit or digest({file.name: digest(file) for file in files})
-    return BaseModel(folder, content, tokenizer, shape)
+        model_version = commit or digest({file.name: digest(file) for file in files})
+    return BaseModel(folder, model_version, tokenizer, meta_model)
 
 
 def check_tokenizer(tokenizer):
-    """Stop if it cannot produce the answers. Use EOS if it has no padding token, as the paper does."""
+    """Stop if it cannot produce the answers."""
     name = f"the tokenizer of {BASE_MODEL!r}"
     stop_if(not tokenizer.eos_token, f"{name} has no end-of-sequence token")
     for word in ("Yes", "No"):
@@ -734,17 +765,17 @@ def check_tokenizer(tokenizer):
         ended = tokenizer(word)["input_ids"][-len(plain) :] != plain
         stop_if(ended, f"{name} adds a token at the end of each text: set its add_eos_token to false")
         stop_if(predict(tokenizer.decode(plain)) != word, f"{name} cannot write {word!r}: use another model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
-def check_stages(shape):
+def check_stages(meta_model):
     """Stop if a stage does not fit the model, or if its update could not be merged."""
-    config = shape.config
+    config = meta_model.config
     if EPOCHS_REFT:
         with contextlib.redirect_stdout(None):  # see add_intervention
             from pyvene import type_to_module_mapping as known
 
-        stop_if(type(shape) not in known, f"pyvene does not know {type(shape).__name__}: use --epochs-reft 0")
+        kind = type(meta_model)
+        stop_if(kind not in known, f"pyvene does not know {kind.__name__}: use --epochs-reft 0")
         beyond = REFT_LAYER >= config.num_hidden_layers
         stop_if(beyond, f"--reft-layer {REFT_LAYER}: the blocks are 0 to {config.num_hidden_layers - 1}")
         stop_if(REFT_RANK > config.hidden_size, f"--reft-rank {REFT_RANK}: the width is {config.hidden_size}")
@@ -752,15 +783,16 @@ def check_stages(shape):
         from peft import get_peft_model
 
         with explained(f"--lora-targets {LORA_TARGETS!r} does not fit {BASE_MODEL!r}"):
-            adapted = get_peft_model(shape, lora_config())
+            adapted = get_peft_model(meta_model, lora_config())
         for target in adapted.peft_config["default"].target_modules:  # PEFT complains only if none is found
             found = any(f".{name}".endswith(f".{target}") for name in adapted.targeted_module_names)
             stop_if(not found, f"--lora-targets: no layer of {BASE_MODEL!r} is called {target}")
-        ends = [shape.get_input_embeddings(), shape.get_output_embeddings()]
-        shared = config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends)  # PEFT's
+        ends = [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
+        adapted_end = any(hasattr(layer, "base_layer") for layer in ends)  # PEFT wraps the layers it adapts
+        shared = config.tie_word_embeddings and adapted_end
         name = f"--lora-targets {LORA_TARGETS}"
         stop_if(shared, f"{name}: input and output embeddings are one matrix, so no update can be merged")
-        adapted.unload()
+        adapted.unload()  # get_peft_model has changed meta_model itself
 
 
 def check_lengths(base, examples, questions):
@@ -768,11 +800,11 @@ def check_lengths(base, examples, questions):
     prompts = [question["tokens"] for question in questions]
     texts = [*prompts, *(example["input_ids"] for example in examples)]
     highest = max(base.tokenizer.eos_token_id, base.tokenizer.pad_token_id, *map(max, texts))
-    words = base.shape.get_input_embeddings().weight.shape[0]
+    words = base.meta_model.get_input_embeddings().weight.shape[0]
     stop_if(highest >= words, f"{BASE_MODEL!r} has {words} tokens, its tokenizer produces number {highest}")
     longest = max(*map(len, texts), *(len(prompt) + MAX_NEW_TOKENS for prompt in prompts))
-    limits = [getattr(base.shape.config, "max_position_embeddings", None)]
-    config = base.shape.config.to_dict()
+    limits = [getattr(base.meta_model.config, "max_position_embeddings", None)]
+    config = base.meta_model.config.to_dict()
     rope = config.get("rope_parameters") or {}
     for part in (rope, *rope.values()):  # for all layers, or for each kind of layer
         if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
@@ -787,7 +819,7 @@ def check_lengths(base, examples, questions):
 
 def check_device(base):
     """Stop if this machine cannot run the model. Its memory is measured later, by check_memory."""
-    size = base.shape.num_parameters() / 1e9
+    size = base.meta_model.num_parameters() / 1e9
     if DEVICE == "cuda":
         able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
         stop_if(not able, f"{DEVICE_NAME} has no bfloat16 in hardware: use another GPU, or --dtype float32")
@@ -895,16 +927,20 @@ def plan_run(settings, base, train_rows, questions):
     return Run(name, lora, reft, deciding, provenance, file)
 
 
-def find_earlier_work(run):
-    """Set `result`, `on_hub` and `record` of what is finished. Exits with status 0 if that is everything."""
+def already_done(run):
+    """Set `result` and query the Hub. True, after a message, if nothing is left to do."""
     run.result = read_matching(run.file, run.decided_by)
     if PUSH_TO_HUB and run.stages:
         query_hub(run)
     pushed = not PUSH_TO_HUB or all(stage.on_hub for stage in run.stages)
-    if run.result and pushed and not MERGED_DIR:
-        print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
-        sys.exit(0)
-    check_folders()
+    if not run.result or not pushed or MERGED_DIR:
+        return False
+    print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
+    return True
+
+
+def find_finished_stages(run):
+    """Set `record` and `folder` of the finished stages. Stop if they or the result do not fit together."""
     # A stage 2 is used only with the stage 1 it was trained on, which lies in its folder: look there first.
     if EPOCHS_REFT:
         reuse(run.reft, run.reft.folder, run.reft.on_hub)
@@ -1102,9 +1138,10 @@ def query_hub(run):
 
 
 def find_on_hub(stage):
-    """Download the finished stage from its repository. Returns its folder; False if there is nothing yet.
+    """Complete stage.repo by its owner and, if that repository holds the finished stage, download it.
 
-    Stop if it holds anything else. A stage 2 on another stage 1 of the same settings is the same stage."""
+    Returns the stage's folder; False if there is nothing yet. Stop if the repository holds anything else.
+    STAGE_1 is not compared: a stage 2 on the Hub brings its own stage 1 along, in adapter/."""
     if "/" not in stage.repo:
         stage.repo = f"{HF_USER or huggingface_hub.whoami()['name']}/{stage.repo}"
     try:

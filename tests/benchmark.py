@@ -126,8 +126,8 @@ def weights(config):
 def operations(procedure, config, layer, epochs, lora, reft, prompts):
     """Operations of each stage, in the "paper" procedure or in "heft".
 
-    layer: the block of the intervention; epochs: (LoRA's, LoReFT's); lora, reft: what
-    heft.training_examples returns; prompts: the lengths of the questions in tokens."""
+    layer: the block of the intervention; epochs: (LoRA's, LoReFT's); lora, reft: their
+    training examples; prompts: the lengths of the questions in tokens."""
     paper = procedure == "paper"
     body, head = weights(config)
     above = body * (config.num_hidden_layers - 1 - layer) / config.num_hidden_layers
@@ -226,8 +226,8 @@ def trainers_stage_1(folder, o):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, o.dtype))
-    heft.DATASET, heft.LORA_DROPOUT, heft.EPOCHS_REFT = str(folder / "data"), 0.0, 0
-    examples, _ = heft.training_examples(tokenizer, heft.load_boolq("train", tokenizer))
+    heft.DATASET, heft.LORA_DROPOUT = str(folder / "data"), 0.0
+    examples = heft.lora_training_examples(tokenizer, heft.load_boolq("train", tokenizer))
     arguments = TrainingArguments(
         folder / "trainer",
         per_device_train_batch_size=8,
@@ -366,7 +366,8 @@ def main(o):
         rows, questions = heft.load_boolq("train", tokenizer), heft.load_boolq("validation", tokenizer)
         prompts = [len(row["tokens"]) for row in questions]
         train, epochs = sum(len(row["tokens"]) for row in rows), (o.epochs_lora, o.epochs_reft)
-        data = (*heft.training_examples(tokenizer, rows), prompts)
+        lora = heft.lora_training_examples(tokenizer, rows)
+        data = (lora, heft.reft_training_examples(tokenizer, rows), prompts)
         needed = {name: operations(name, config, o.layer, epochs, *data) for name in ("paper", "heft")}
 
         shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, LoReFT at block {o.layer}"

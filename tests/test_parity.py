@@ -190,7 +190,8 @@ def test_what_the_tokens_are(tiny, padding):
     tokenizer.pad_token = padding
     encode, words = lambda text: tokenizer(text)["input_ids"], tokenizer.convert_ids_to_tokens
     rows = [row | {"tokens": encode(row["prompt"])} for row in rows_of(tiny / "data", "train")]
-    lora, reft = heft.training_examples(tokenizer, rows)
+    lora = heft.lora_training_examples(tokenizer, rows)
+    reft = heft.reft_training_examples(tokenizer, rows)
     assert len(lora) == len(reft) == len(rows)
     for row, whole, edited in zip(rows, lora, reft):
         prompt, answer, n = row["prompt"], row["answer"], len(row["tokens"])

@@ -172,17 +172,15 @@ def test_prediction_is_the_papers_rule(text, answer):
     assert heft.predict(text) == answer
 
 
-def test_a_tokenizer_that_joins_prompt_and_answer(monkeypatch):
+def test_a_tokenizer_that_joins_prompt_and_answer():
     def tokenizer(text):
         return {"input_ids": [len(text)]}
 
     tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id = "</s>", 0, 0
     rows = [{"prompt": "p", "answer": "Yes", "tokens": [1]}]
     with pytest.raises(heft.Stop, match="joins prompt and answer: use --epochs-reft 0") as stop:
-        heft.training_examples(tokenizer, rows)
-    assert stop.value.status == 2
-    monkeypatch.setattr(heft, "EPOCHS_REFT", 0)
-    assert len(heft.training_examples(tokenizer, rows)[0]) == 1
+        heft.reft_training_examples(tokenizer, rows)
+    assert stop.value.status == 2 and len(heft.lora_training_examples(tokenizer, rows)) == 1
 
 
 # --- errors
@@ -455,7 +453,7 @@ def test_trainable_parameters_of_the_7b_model(paper_model):
 
 
 def test_a_gpu_without_bfloat16(paper_model, monkeypatch):
-    base = SimpleNamespace(shape=paper_model())
+    base = SimpleNamespace(meta_model=paper_model())
     monkeypatch.setattr(heft, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     with pytest.raises(heft.Stop, match="no bfloat16 in hardware.*--dtype float32"):
@@ -475,7 +473,7 @@ def test_no_gpu_and_an_old_driver_are_told_apart(paper_model, monkeypatch, sente
     def init():
         raise RuntimeError(sentence)
 
-    base = SimpleNamespace(shape=paper_model())
+    base = SimpleNamespace(meta_model=paper_model())
     monkeypatch.setattr(heft, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(heft.Stop, match=re.escape(sentence)):
