@@ -323,7 +323,8 @@ def train(stage, module, forward, examples, first_rate):
     check_memory(forward, examples)
     optimizer.zero_grad()
     record = restore_checkpoint(stage, tensors, optimizer)
-    done, seconds_before, started = len(record["loss"]), record["seconds"], time.time()
+    done, seconds_before = len(record["loss"]), record["seconds"]
+    started = time.time()
     bar = tqdm(range(done, steps), initial=done, total=steps, disable=None, dynamic_ncols=True)
     with delayed_signals() as received:
         for step in bar:
@@ -366,7 +367,8 @@ def log_progress(bar, what, done, started, text):
 @contextlib.contextmanager
 def delayed_signals():
     """Collect SIGTERM and Ctrl-C in a list, so that they do not end the program in the middle of a step."""
-    received, kinds = [], (signal.SIGTERM, signal.SIGINT)
+    received = []
+    kinds = (signal.SIGTERM, signal.SIGINT)
     usual = [signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds]
     yield received
     for kind, handler in zip(kinds, usual):
@@ -409,7 +411,7 @@ def add_intervention(model):
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
-    rotation.base = rotation.base.contiguous()  # the layout decides last bits of results/
+    rotation.base = rotation.base.contiguous()  # its layout decides the last bits in results/
     place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
     config = ReftConfig(representations=place | {"intervention": intervention})
     return get_reft_model(model, config), intervention
@@ -510,7 +512,8 @@ def write_result(run, evaluation, questions, texts):
 
     rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
     rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
-    predictions, n = [row["prediction"] for row in rows], len(rows)
+    predictions = [row["prediction"] for row in rows]
+    n = len(rows)
     correct = sum(row["prediction"] == row["answer"] for row in rows)
     records = {"lora": run.lora.record, "reft": run.reft.record, "evaluation": evaluation}
     seconds = {part: record["seconds"] if record else 0.0 for part, record in records.items()}
@@ -535,6 +538,18 @@ def write_result(run, evaluation, questions, texts):
     write(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
     write(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
     return result
+
+
+def print_summary(run):
+    """Print what was done, the result, the time and the files."""
+    trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
+    seconds = ", ".join(f"{part} {value:.1f}" for part, value in run.result["seconds"].items())
+    files = [run.file, run.file.with_suffix(".predictions.jsonl"), *(stage.folder for stage in run.stages)]
+    print(f"\n{run.name}: {trained or 'the base model, untrained'}\n{SUMMARY.format(**run.result)}")
+    if run.name in PAPER_ACCURACY and not SMOKE:
+        print(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
+    print(f"seconds  {seconds}; peak memory {max(run.result['peak_memory_gb'].values()):.1f} GB")
+    print(f"files    {', '.join(map(str, files))}")
 
 
 # =============================================================================================
@@ -603,7 +618,8 @@ def read_settings(arguments):
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
     defaults = globals() | (SMOKE_VALUES if "--smoke" in arguments else {})
     for name in SETTINGS:
-        flag, default = "--" + name.lower().replace("_", "-"), defaults[name]
+        flag = "--" + name.lower().replace("_", "-")
+        default = defaults[name]
         if name in ALLOWED:
             words = f"{ALLOWED[name][2]} (default: {default!r})".replace("%", "%%")
             # The default is passed as text, so that argparse checks an edited constant like a flag.
@@ -912,8 +928,8 @@ def plan_run(settings, base, train_rows, questions):
 
     def planned(part, title, epochs, repo, files):
         name, deciding = identity(settings, part)
-        repo, folder = repo or hub_name(name), Path(OUTPUT_DIR, name)
-        return Stage(title, epochs, deciding | made_from, folder, files, repo)
+        repo = repo or hub_name(name)
+        return Stage(title, epochs, deciding | made_from, Path(OUTPUT_DIR, name), files, repo)
 
     reft_files = (f"intkey_layer_{REFT_LAYER}_comp_block_output_unit_pos_nunit_1#0.bin", "config.json")
     lora = planned("lora", "stage 1, LoRA", EPOCHS_LORA, HF_REPO_LORA, ADAPTER_FILES)
@@ -965,8 +981,9 @@ def stage_hashes(run):
 def reuse(stage, *folders):
     """Use the first of the folders that holds the finished stage. Stop if one holds another run's files."""
     for folder in filter(None, folders):
-        record, weights = read_matching(folder / "heft.json", stage.decided_by), folder / stage.files[0]
+        record = read_matching(folder / "heft.json", stage.decided_by)
         if record:
+            weights = folder / stage.files[0]
             intact = weights.exists() and digest(weights) == record["weights"]
             stop_if(not intact, f"{weights} is not what heft.json beside it describes: move these files away")
             stage.record, stage.folder = record, folder
@@ -1232,19 +1249,6 @@ from transformers import AutoModelForCausalLM
 ```
 Settings: `{json.dumps(stage.decided_by)}`. The licence of the base model applies.
 """
-
-
-# ----- The summary
-def print_summary(run):
-    """Print what was done, the result, the time and the files."""
-    trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
-    seconds = ", ".join(f"{part} {value:.1f}" for part, value in run.result["seconds"].items())
-    files = [run.file, run.file.with_suffix(".predictions.jsonl"), *(stage.folder for stage in run.stages)]
-    print(f"\n{run.name}: {trained or 'the base model, untrained'}\n{SUMMARY.format(**run.result)}")
-    if run.name in PAPER_ACCURACY and not SMOKE:
-        print(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
-    print(f"seconds  {seconds}; peak memory {max(run.result['peak_memory_gb'].values()):.1f} GB")
-    print(f"files    {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":
