@@ -3,14 +3,16 @@
 Reads every result of heft_finetuning.py in the folder (default: the folder of this file) and below. Runs that
 differ in nothing but the seed are one method. A folder `tuning` has trials of learning rates. A folder
 `timing` has runs on an idle machine: their seconds per step, times the steps, are the training time of all
-runs of that model and data. Smoke runs are kept apart. The page's text is in template.md, the paper's numbers
-are in paper.json. Needs the packages in requirements.txt.
+runs of that model and data with the same layers and ranks. Smoke runs are kept apart. The page's text is in
+template.md (`only here`: not for other folders), the paper's numbers are in paper.json.
+Needs the packages in requirements.txt.
 """
 
 import argparse
 import json
 import re
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -34,12 +36,13 @@ SMALL_BOOLQ = "SmolLM2-135M-Instruct on boolq"
 NOT_DECIDING = """SEED PUSH_TO_HUB PRIVATE_REPOS HF_USER HF_REPO_LORA HF_REPO_REFIT MERGED_DIR OUTPUT_DIR
     RESULTS_DIR RESULTS_FILE STAGE_1 STAGE_2 BASE_MODEL DATASET""".split()
 QUESTIONS = {  # that the page answers, by the methods compared
-    ("HEFT 3 + 3", "LoRA 3"): "Does stage 2 improve on 3 epochs of LoRA?",
-    ("HEFT 3 + 3", "LoRA 4"): "Is HEFT better than LoRA for about the same time?",
-    ("HEFT 3 + 3", "LoReFT 3"): "Is HEFT better than LoReFT alone?",
-    ("HEFT 3 + 3", "LoRA 20"): "Does HEFT reach 20 epochs of LoRA?",
-    ("LoRA 4", "LoRA 20"): "Does LoRA reach them in about that time?",
-    ("HEFT 20 + 20", "LoRA 20"): "Does stage 2 improve on 20 epochs of LoRA?",
+    ("HEFT 3 + 3", "LoRA 20"): "Does HEFT 3 + 3 match LoRA 20?",
+    ("LoRA 4", "LoRA 20"): "Does LoRA 4 match LoRA 20?",
+    ("HEFT 3 + 3", "LoRA 4"): "Is HEFT better than LoRA of about the same time?",
+    ("HEFT 3 + 3", "LoReFT 20"): "Is HEFT better than LoReFT of about the same time?",
+    ("HEFT 3 + 3", "LoReFT 3"): "Is HEFT better than LoReFT of the same epochs?",
+    ("HEFT 3 + 3", "LoRA 3"): "Does LoReFT improve on LoRA 3?",
+    ("HEFT 20 + 20", "LoRA 20"): "Does LoReFT improve on LoRA 20?",
 }
 
 
@@ -92,7 +95,7 @@ def deciding(run):
 
 def read_runs(folder):
     """All runs in `folder` and below, in the order of their names, and what was skipped, as sentences."""
-    runs, skipped, pace = [], [], {}
+    runs, skipped, timed = [], [], {}
     for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("")):
         name = path.relative_to(folder)
         try:
@@ -101,10 +104,12 @@ def read_runs(folder):
             skipped.append(f"`{name}` {error}")
     for run in runs:
         if "timing" in run.folders:
-            pace[run.pair] = {stage: run.seconds[stage] / n for stage, n in run.steps.items()}
+            timed[run.pair] = run
     for run in runs:
-        if run.steps.keys() <= pace.get(run.pair, {}).keys():
-            run.training = sum(n * pace[run.pair][stage] for stage, n in run.steps.items())
+        names = [name for name in run.deciding if name.startswith(("LORA_", "REFT_", "TOKENS_"))]
+        idle = timed.get(run.pair)
+        if idle and all(run.deciding[name] == idle.deciding.get(name) for name in names):
+            run.training = sum(n * idle.seconds[stage] / idle.steps[stage] for stage, n in run.steps.items())
     return [run for run in runs if "timing" not in run.folders], skipped
 
 
@@ -171,35 +176,32 @@ def missing_seeds(methods):
 
 
 def claim(methods, a, b, short=False):
-    """How `a` compares with `b`, in a sentence; "" if no seed has both."""
+    """How `a` compares with `b`, in a sentence; "" if no seed has both. Short: to follow another one."""
     if not (found := compare(methods, a, b)):
         return ""
     low, high = found.interval or (0, 0)
-    word = "is better" if low > 0 else "is worse" if high < 0 else "does not differ measurably from it"
-    word = word if found.interval else "has too few seeds to tell"
-    time = f"{100 * methods[a].seconds / methods[b].seconds:.0f} %"
+    word = "higher accuracy" if low > 0 else "lower accuracy" if high < 0 else "no measurable difference"
+    word = word if found.interval else "too few seeds to compare"
+    time = f"{a} takes {100 * methods[a].seconds / methods[b].seconds:.0f} % of {b}'s"
     mine, theirs = (f"{accuracy:.2f}" for accuracy in found.accuracies)
-    interval = f"95 % interval {found.ends} over" if found.interval else "no interval from"
-    points = f"{found.points:+.2f} points ({interval} {found.seeds} seed{'s' * (found.seeds > 1)})"
+    seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
+    interval = f"{found.ends}, {seeds}" if found.interval else seeds
     if short:
-        return f"{a} takes {time} and {word}: {mine} %, {points}."
-    return f"{a} takes {time} of the training time of {b} and {word}: {mine} against {theirs} %, {points}."
+        return f"{time} time, with {word}: {mine} %, {found.points:+.2f} ({interval})."
+    told = f"{time} training time, with {word}: {mine} against {theirs} %, {found.points:+.2f} points"
+    return f"{told} ({'95 % interval ' if found.interval else ''}{interval})."
 
 
 def statement(small, seven):
     """The answer in at most 90 words, from the methods of the small model and of the paper's."""
-    small_model = "With SmolLM2-135M-Instruct on film reviews,"
-    unknown = "it is open whether HEFT 3 + 3 reaches LoRA 20."
-    answer, paper = (claim(methods, "HEFT 3 + 3", "LoRA 20") for methods in (small, seven))
-    told = [small_model, unknown, claim(small, "HEFT 3 + 3", "LoRA 4")]
-    if answer:
-        told = [small_model, answer, claim(small, "LoRA 4", "LoRA 20", short=True)]
+    pairs = ("HEFT 3 + 3", "LoRA 20"), ("LoRA 4", "LoRA 20"), ("HEFT 3 + 3", "LoRA 4")
+    first, paper = claim(small, *pairs[0]), claim(seven, *pairs[0])
+    told = ["With SmolLM2-135M-Instruct on film reviews,"]
+    told.append(first or "it is open whether HEFT 3 + 3 matches LoRA 20.")
+    told += [claim(small, *pair, short=bool(first)) for pair in pairs[1:]]
     if paper:
-        answer = claim(small, "HEFT 3 + 3", "LoRA 20", short=True)
-        told = ["On the paper's model,", paper, small_model, answer or unknown]
-    if missing := missing_seeds(small):
-        told.append(f"Seeds missing: {', '.join(f'{n} of {label}' for label, n in missing.items())}.")
-    return " ".join(filter(None, [*told, "" if paper else "The paper's model has not been run here."]))
+        told = ["On the paper's model,", paper, told[0], claim(small, *pairs[0], short=True) or told[1]]
+    return " ".join(filter(None, [*told, "" if paper else "The paper's model has not been run."]))
 
 
 def papers_totals():
@@ -211,11 +213,9 @@ def papers_totals():
 
 
 def always_yes(methods):
-    """How often the first run of each method says Yes, in words, and what always Yes scores."""
-    runs = [method.runs[0] for method in methods.values()]
-    said = [f"{run.kind} says Yes to {run.said.count('Yes')} of {len(run.said)} questions" for run in runs]
-    always = {f"Always Yes scores {100 * run.answers.count('Yes') / len(run.answers):.2f} %." for run in runs}
-    return f"{', '.join(said)}. {' '.join(sorted(always))}" if runs else ""
+    """What always Yes would score, in percent, from the first run of the methods."""
+    answers = next((method.runs[0].answers for method in methods.values()), [])
+    return f"{100 * answers.count('Yes') / len(answers):.2f}" if answers else "?"
 
 
 def table(head, rows):
@@ -239,7 +239,7 @@ def table_1(small, seven):
                 cells[column] = f"{method.mean:.2f} % (Yes {yes}), {clock(method.seconds)}"
         cells[2] += f"; seeds missing: {missing[label]}" if label in missing else ""
         rows.append([label, *cells])
-    return table("method | paper | 7B here | laptop", rows)
+    return table("method | paper | 7B here | SmolLM2", rows)
 
 
 def method_table(methods):
@@ -260,7 +260,9 @@ def pair_table(methods, pairs):
     for (a, b), question in pairs.items():
         if found := compare(methods, a, b):
             numbers = f"{found.points:+.2f}", found.ends, found.seeds, found.only_a, found.only_b
-            rows.append([question, a, b, *numbers, f"{found.p:.2g}" if found.p >= 1e-4 else "<0.0001"])
+            p = f"{found.p:.2g}" if found.p >= 1e-4 else "<0.0001"
+            # of several seeds it would be too small: each question would count once per seed
+            rows.append([question, a, b, *numbers, p if found.seeds == 1 else ""])
     head = "question | first | second | difference | 95 % interval | seeds"
     return table(f"{head} | only first right | only second right | p", rows)
 
@@ -277,25 +279,26 @@ def trial_table(trials):
 
 
 # ---------------------------------------------------------------------------------------------
-# Figure 1: one colour and one marker for each method, paler for what is not in Table 1
+# Figure 1: one colour and one marker for each method, distinct for the colour-blind, too (Okabe and Ito)
 
-STYLE = {"HEFT": ("o", "#0072B2", "#9CC6DF"), "LoRA": ("s", "#D55E00", "#F0BC99")}
-STYLE |= {"LoReFT": ("^", "#009E73", "#99D5C3")}  # distinct for the colour-blind, too (Okabe and Ito)
+STYLE = {"HEFT": ("o", "#0072B2"), "LoRA": ("s", "#D55E00"), "LoReFT": ("^", "#009E73")}
 
 
 def mark(axes, label, x, y, seeds=()):
-    """A large mark with its label, and a small one for each seed. A pale one has a label of normal weight."""
-    family = label.split(" ", 1)[0]
-    marker, color, pale = STYLE[family]
-    style, text, weight = {"color": color, "zorder": 3}, label, "bold"
-    if label not in ROWS:
-        style, text, weight = {"color": pale, "zorder": 2}, label.split(", ")[-1], "normal"
-    axes.plot(x, y, marker, ms=10, mec="white", **style)
-    axes.plot([x] * len(seeds), seeds, marker, ms=5, mec="white", mew=0.7, **style)
-    side = "right" if label in ("LoRA 3", "LoRA 20") else "left"  # so that labels seldom meet
-    below = label in ("LoRA 4", "LoReFT 20") or text == "here"
-    offset = (-8 if side == "right" else 8, -11 if below else 5) if label != "LoRA 3" else (6, 7)
-    axes.annotate(text, (x, y), offset, textcoords="offset points", color=color, weight=weight, ha=side)
+    """A large mark with its label, and a small one for each seed; hollow for what is not in Table 1."""
+    marker, color = STYLE[label.split(" ", 1)[0]]
+    text, inside, weight = label, color, "bold"
+    if label not in ROWS:  # on top: a hollow mark hides nothing
+        text, inside, weight = label.split(", ")[-1], "none", "normal"
+    edge, order = ("white", 3) if label in ROWS else (color, 4)
+    axes.plot(x, y, marker, ms=9.5, mfc=inside, mec=edge, mew=1, zorder=order)
+    axes.plot([x] * len(seeds), seeds, marker, ms=4.5, mfc=inside, mec=edge, mew=0.7, zorder=order)
+    left = label == "LoRA 20"  # so that labels seldom meet
+    offset = {"LoRA 4": (9, -10), "LoReFT 20": (9, -4), "LoRA 3": (4, 8), "LoReFT 3": (9, -12)}
+    offset = offset.get(label, (-8 if left else 11, 5))
+    text, offset = ("HEFT\n20 + 20", (9, -9)) if text == "HEFT 20 + 20" else (text, offset)
+    style = {"color": color, "weight": weight, "ha": "right" if left else "left"}
+    axes.annotate(text, (x, y), (11, -11) if text == "here" else offset, textcoords="offset points", **style)
 
 
 def figure_1(path, small, seven):
@@ -311,19 +314,18 @@ def figure_1(path, small, seven):
     for label, method in seven.items():
         mark(left, f"{label}, here", method.seconds / 3600, method.mean)
     for label, method in small.items():
-        seeds = [run.percent for run in method.runs if label in ROWS]
-        mark(right, label, method.seconds / 60, method.mean, seeds)
+        mark(right, label, method.seconds / 60, method.mean, [run.percent for run in method.runs])
     missing = ", ".join(label for label in ROWS if label not in small)
     right.text(
         0.99, 0.03, f"not run yet: {missing}" if missing else "", transform=right.transAxes, ha="right"
     )
     titles = "Paper: Llama-2-7b-chat on BoolQ", "Here: SmolLM2-135M-Instruct on film reviews"
     notes = (
-        f"Bars: 95 % intervals of one run, {N:,} questions",
-        "Large: mean, small: each seed, pale: not in the paper's table",
+        "3 + 3: epochs of LoRA + LoReFT. Bars: our 95 % intervals",
+        "Large: mean. Small: one seed. Hollow: not in the paper's table",
     )
     for axes, title, note, unit in zip((left, right), titles, notes, ("hours", "minutes")):
-        axes.set(xlabel=f"training time ({unit})", ylabel="accuracy (%)", xlim=(0, 1.3 * axes.get_xlim()[1]))
+        axes.set(xlabel=f"training time ({unit})", ylabel="accuracy (%)", xlim=(0, 1.19 * axes.get_xlim()[1]))
         axes.set_title(f"{title}\n", loc="left", weight="bold")
         axes.text(0, 1.03, note, transform=axes.transAxes)
         axes.grid(axis="y", color="0.92", zorder=0)
@@ -355,20 +357,27 @@ def write_pages(folder):
         "methods": method_table(small),
         "comparisons": pair_table(small, QUESTIONS),
         "learning rates": trial_table(trials),
-        "boolq": always_yes(boolq),
+        "always yes": always_yes(boolq),
         "boolq methods": method_table(boolq),
         "boolq comparisons": pair_table(boolq, QUESTIONS),
         "skipped": "\n".join(["## Skipped files\n", *(f"- {x}" for x in skipped)] if skipped else []),
     }
-    text = re.sub("<!-- (.+?) -->", lambda match: str(blocks[match[1]]), (HERE / "template.md").read_text())
+    text, own = (HERE / "template.md").read_text(), (folder / "template.md").exists()
+    text = re.sub("(?s)<!-- only here -->(.*?)<!-- end -->", r"\1" if own else "", text)
+    text = re.sub("<!-- (.+?) -->", lambda match: str(blocks[match[1]]), text)
     (folder / "README.md").write_text(text.strip() + "\n")
 
-    details = ["# Details", "Methods that are not in [README.md](README.md)."]
+    note = "Methods that are not in [README.md](README.md). Among several tests of one seed each, one small p"
+    note += " is no evidence. Seconds of other layers and ranks are as measured, beside other work."
+    details = ["# Details", note]
     for name, found in methods.items():
-        shown, pairs = (on_page(found), {}) if name in (REVIEWS, SMALL_BOOLQ) else ({}, QUESTIONS)
+        shown = on_page(found) if name in (REVIEWS, SMALL_BOOLQ) else {}
         rest = {label: method for label, method in found.items() if label not in shown}
-        odd = {(label, m.kind): "Does the setting matter?" for label, m in rest.items() if label != m.kind}
-        compared = {(a, b): text for (a, b), text in (pairs | odd).items() if compare(found, a, b)}
+        pairs = {(label, m.kind): "Does the setting matter?" for label, m in rest.items() if label != m.kind}
+        if not (own and shown):  # all pairs, other settings against the usual ones
+            ordered = sorted(found, key=lambda label: label != found[label].kind)
+            pairs = {(a, b): QUESTIONS.get((a, b), "Do they differ?") for b, a in combinations(ordered, 2)}
+        compared = {pair: text for pair, text in pairs.items() if compare(found, *pair)}
         details += [f"## {name}", method_table(rest), pair_table(found, compared) if compared else ""]
     details += ["## Table 2 of the paper", f"Source: {PAPER['table_2']['source']}."]
     details += [table("model | size | accuracy %", PAPER["table_2"]["rows"])]

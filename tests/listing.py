@@ -3,8 +3,8 @@
 Stage 1 pads every text to MAX_LENGTH, one text per forward, 32 accumulated; stage 2 takes 8 texts per forward
 with every token in the graph, 4 accumulated; evaluation takes one prompt at a time. It shares with
 heft_finetuning.py the prompt and the order of the examples, and nothing else.
-Differences from the paper's script are those that the README lists as changing its numbers: greedy decoding,
-and a step's loss that is a mean over its examples also where fewer than 32 are left.
+Its differences from the paper's script are in README.md, under what changes the numbers: greedy decoding, and
+a step's loss that is a mean over its examples also where fewer than 32 are left.
 """
 
 import contextlib
