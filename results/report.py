@@ -40,7 +40,7 @@ QUESTIONS = {  # that the page answers, by the methods compared
     ("LoRA 4", "LoRA 20"): "Does LoRA 4 match LoRA 20?",
     ("HEFT 3 + 3", "LoRA 4"): "Is HEFT better than LoRA of about the same time?",
     ("HEFT 3 + 3", "LoReFT 20"): "Is HEFT better than LoReFT of about the same time?",
-    ("HEFT 3 + 3", "LoReFT 3"): "Is HEFT better than LoReFT of the same epochs?",
+    ("HEFT 3 + 3", "LoReFT 3"): "Does LoRA first improve on LoReFT 3?",
     ("HEFT 3 + 3", "LoRA 3"): "Does LoReFT improve on LoRA 3?",
     ("HEFT 20 + 20", "LoRA 20"): "Does LoReFT improve on LoRA 20?",
 }
@@ -180,8 +180,8 @@ def claim(methods, a, b, short=False):
     if not (found := compare(methods, a, b)):
         return ""
     low, high = found.interval or (0, 0)
-    word = "higher accuracy" if low > 0 else "lower accuracy" if high < 0 else "no measurable difference"
-    word = word if found.interval else "too few seeds to compare"
+    word = "higher" if low > 0 else "lower" if high < 0 else "indistinguishable"
+    word = f"{word} accuracy" if found.interval else "too few seeds to compare"
     time = f"{a} takes {100 * methods[a].seconds / methods[b].seconds:.0f} % of {b}'s"
     mine, theirs = (f"{accuracy:.2f}" for accuracy in found.accuracies)
     seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
@@ -291,10 +291,10 @@ def mark(axes, label, x, y, seeds=()):
     if label not in ROWS:  # on top: a hollow mark hides nothing
         text, inside, weight = label.split(", ")[-1], "none", "normal"
     edge, order = ("white", 3) if label in ROWS else (color, 4)
-    axes.plot(x, y, marker, ms=9.5, mfc=inside, mec=edge, mew=1, zorder=order)
     axes.plot([x] * len(seeds), seeds, marker, ms=4.5, mfc=inside, mec=edge, mew=0.7, zorder=order)
+    axes.plot(x, y, marker, ms=9.5, mfc=inside, mec=edge, mew=1, zorder=order)
     left = label == "LoRA 20"  # so that labels seldom meet
-    offset = {"LoRA 4": (9, -10), "LoReFT 20": (9, -4), "LoRA 3": (4, 8), "LoReFT 3": (9, -12)}
+    offset = {"LoRA 4": (9, -10), "LoReFT 20": (9, -4), "LoRA 3": (-24, 8), "LoReFT 3": (9, -12)}
     offset = offset.get(label, (-8 if left else 11, 5))
     text, offset = ("HEFT\n20 + 20", (9, -9)) if text == "HEFT 20 + 20" else (text, offset)
     style = {"color": color, "weight": weight, "ha": "right" if left else "left"}

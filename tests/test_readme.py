@@ -62,6 +62,7 @@ def test_every_flag_and_setting_exists(page):
     flags |= {"--smoke", "--no-push-to-hub"}
     other = {"--all", "--gres", "--cpus-per-task", "--mem", "--time", "--signal", "--requeue", "--open-mode"}
     other |= {"--output", "--partition", "--account", "--answers", "--count", "--trainer"}
+    other |= {"--ours-only", "--examples", "--tokens", "--dependency"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | other
     names = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", text)) - {
         "CUDA_VISIBLE_DEVICES",

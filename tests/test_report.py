@@ -118,11 +118,11 @@ FAR = [answers(10), answers(9, 1), answers(10)]  # ahead of LEVEL by 50, 30, 50 
 
 
 SAYS = [
-    (AHEAD, LEVEL, FAR, "takes 18 % of LoRA 20's training time, with no measurable difference: 73.33"),
+    (AHEAD, LEVEL, FAR, "takes 18 % of LoRA 20's training time, with indistinguishable accuracy: 73"),
     (AHEAD, LEVEL, FAR, "73.33 against 53.33 %, +20.00 points (95 % interval -4.84 to +44.84, 3 seeds)."),
     (FAR, LEVEL, AHEAD, "higher accuracy: 96.67 against 53.33 %, +43.33 points (95 % interval +14.65 to"),
     (LEVEL, FAR, AHEAD, "lower accuracy: 53.33 against 96.67 %, -43.33 points (95 % interval -72.02 to"),
-    (FAR, LEVEL, AHEAD, "4 takes 20 % of LoRA 20's time, with no measurable difference: 73.33 %, +20.00"),
+    (FAR, LEVEL, AHEAD, "4 takes 20 % of LoRA 20's time, with indistinguishable accuracy: 73.33 %, +20.00"),
     (FAR, LEVEL, FAR, "LoRA 4 takes 20 % of LoRA 20's time, with higher accuracy: 96.67 %, +43.33 (+14"),
     (FAR, LEVEL, LEVEL, "3 + 3 takes 90 % of LoRA 4's time, with higher accuracy: 96.67 %, +43.33 (+14"),
     (FAR, LEVEL[:1], LEVEL, "with too few seeds to compare: 100.00 against 50.00 %, +50.00 points (1 seed)."),
@@ -312,7 +312,7 @@ def test_trials_of_learning_rates_stand_apart(tmp_path):
 def test_what_always_yes_scores_on_boolq(tmp_path):
     write(tmp_path, 3, 3, answers(7, 3), DATASET="boolq")
     page = report_on(tmp_path)[0]
-    assert "To say Yes always scores 100.00 %." in page
+    assert "Always answering Yes scores 100.00 %." in page
     assert rows(page, "BoolQ")["HEFT 3 + 3"][4] == "70.0 / 0.0"
 
 
@@ -321,7 +321,7 @@ def test_what_holds_for_the_stored_runs_only_is_not_said_of_others(tmp_path):
     others = report_on(tmp_path)[0]
     (tmp_path / "template.md").touch()
     own = report_on(tmp_path)[0]
-    for text in ("rounded to 4 bits", "(640 to train on", "no method does", "# How to reproduce"):
+    for text in ("rounded to 4 bits", "(640 to train on", "no method is shown", "# How to reproduce"):
         assert text in own and text not in others
     assert "<!--" not in own + others and "\n## BoolQ\n" in others
 
