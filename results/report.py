@@ -175,33 +175,35 @@ def missing_seeds(methods):
     return {label: n for label, n in lacks.items() if n}
 
 
-def claim(methods, a, b, short=False):
-    """How `a` compares with `b`, in a sentence; "" if no seed has both. Short: to follow another one."""
-    if not (found := compare(methods, a, b)):
+def summary(methods, pairs):
+    """How the first method of each pair compares with the second, in sentences; "" if no seed has both. Times
+    are told for the pairs that have the first pair's second method."""
+    found = {pair: compare(methods, *pair) for pair in pairs}
+    found = {pair: difference for pair, difference in found.items() if difference}
+    if not found:
         return ""
-    low, high = found.interval or (0, 0)
-    word = "higher" if low > 0 else "lower" if high < 0 else "indistinguishable"
-    word = f"{word} accuracy" if found.interval else "too few seeds to compare"
-    time = f"{a} takes {100 * methods[a].seconds / methods[b].seconds:.0f} % of {b}'s"
-    mine, theirs = (f"{accuracy:.2f}" for accuracy in found.accuracies)
-    seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
-    interval = f"{found.ends}, {seeds}" if found.interval else seeds
-    if short:
-        return f"{time} time, with {word}: {mine} %, {found.points:+.2f} ({interval})."
-    told = f"{time} training time, with {word}: {mine} against {theirs} %, {found.points:+.2f} points"
-    return f"{told} ({'95 % interval ' if found.interval else ''}{interval})."
+    base = next(iter(found))[1]
+    name = {label: f"{label} ({methods[label].mean:.2f} %)" for pair in found for label in pair}
+    share = {a: 100 * methods[a].seconds / methods[b].seconds for a, b in found if b == base}
+    times = [f"{name[label]} takes {percent:.0f} %" for label, percent in share.items()]
+    times[0] += f" of the training time of {name[base]}"
+    seeds = " to ".join(map(str, sorted({d.seeds for d in found.values()})))
+    points = [f"{a} minus {b} {d.points:+.2f} ({d.ends})" for (a, b), d in found.items()]
+    ends = [d.interval or (0, 0) for d in found.values()]
+    clear = [place for place, (low, high) in zip(("first", "second", "third"), ends) if low > 0 or high < 0]
+    told = f"Measurable: the {' and the '.join(clear)}." if clear else "No difference is measurable."
+    return f"{', '.join(times)}. In points (95 % intervals, seeds: {seeds}): {', '.join(points)}. {told}"
 
 
 def statement(small, seven):
-    """The answer in at most 90 words, from the methods of the small model and of the paper's."""
-    pairs = ("HEFT 3 + 3", "LoRA 20"), ("LoRA 4", "LoRA 20"), ("HEFT 3 + 3", "LoRA 4")
-    first, paper = claim(small, *pairs[0]), claim(seven, *pairs[0])
+    """The answer in at most 90 words: of the paper's model if it was run, or else of the small one."""
+    pairs = [("HEFT 3 + 3", "LoRA 20"), ("LoRA 4", "LoRA 20"), ("HEFT 3 + 3", "LoRA 4")]
+    if summary(seven, pairs[:1]):
+        return f"With Llama-2-7b-chat on BoolQ, {summary(seven, pairs)}"
     told = ["With SmolLM2-135M-Instruct on film reviews,"]
-    told.append(first or "it is open whether HEFT 3 + 3 matches LoRA 20.")
-    told += [claim(small, *pair, short=bool(first)) for pair in pairs[1:]]
-    if paper:
-        told = ["On the paper's model,", paper, told[0], claim(small, *pairs[0], short=True) or told[1]]
-    return " ".join(filter(None, [*told, "" if paper else "The paper's model has not been run."]))
+    told.append("" if summary(small, pairs[:1]) else "it is open whether HEFT 3 + 3 matches LoRA 20.")
+    told += [summary(small, pairs), "The paper's model has not been run."]
+    return " ".join(filter(None, told))
 
 
 def papers_totals():
@@ -322,7 +324,7 @@ def figure_1(path, small, seven):
     titles = "Paper: Llama-2-7b-chat on BoolQ", "Here: SmolLM2-135M-Instruct on film reviews"
     notes = (
         "3 + 3: epochs of LoRA + LoReFT. Bars: our 95 % intervals",
-        "Large: mean. Small: one seed. Hollow: not in the paper's table",
+        "Large: mean of the seeds. Small: one seed. Hollow: not in the paper",
     )
     for axes, title, note, unit in zip((left, right), titles, notes, ("hours", "minutes")):
         axes.set(xlabel=f"training time ({unit})", ylabel="accuracy (%)", xlim=(0, 1.19 * axes.get_xlim()[1]))
