@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # heft.sub, heft_exec.sh and container.def on a real HTCondor pool. Run as root:
 #
-#   tests/cluster.sh RIG [image|smoke|sweep|twins|resubmit|vacate|all]
+#   tests/cluster.sh RIG [image|smoke|sweep|twins|resubmit|vacate|hold|all]
 #
 # RIG is a script that runs such a pool on this machine: `RIG up`, `RIG submit DIR heft.sub ARGS...` (copies DIR,
 # submits as a normal user, waits, copies back to DIR.out), `RIG user CMD...`, `RIG sif DIR container.def OUT.sif`.
 # With RIG_PYTHON=DIR there is no container: on the execute machine, DIR holds a python3 that has the packages.
+# RIG_DISK=16GB: request no more disk, on a machine that has less than 64 GB free.
 set -euo pipefail
 rig=$1
 part=${2:-all}
@@ -26,7 +27,8 @@ fresh() { # DIR: what a user has after cloning, with an image and an empty token
     rm -rf "$1" "$1.out"
     copy "$1"
     (umask 077 && : >"$1/.hf_token")
-    if [ -z "${RIG_PYTHON:-}" ]; then cp "$image" "$1/"; return; fi
+    [ -z "${RIG_DISK:-}" ] || sed -i "s/^request_disk .*/request_disk = $RIG_DISK/" "$1/heft.sub"
+    if [ -z "${RIG_PYTHON:-}" ]; then ln -f "$image" "$1/"; return; fi
     sed -i "s#^container_image.*#environment = PATH=$RIG_PYTHON:/usr/bin:/bin#" "$1/heft.sub"
 }
 
@@ -176,5 +178,19 @@ if wants vacate; then
     cat "$work"/vacate.out/condor_outs/*.out
     grep -c "Job was evicted\|Job was checkpointed" "$work"/vacate.out/condor_outs/*.log
     same vacate
+fi
+
+if wants hold; then
+    say "hold: held in stage 1, more memory requested, released; it continues"
+    fresh "$work/hold"
+    RIG_HOLD_WAIT=1 start hold extra=--smoke # the rig's status is then that of a held job
+    wait_for lora3/checkpoint.pt
+    end_by "$rig" user condor_hold -all
+    "$rig" user condor_qedit -constraint 'JobStatus == 5' RequestMemory 49152
+    "$rig" user condor_release -all
+    wait "$submit" || true
+    cat "$work/hold.log"
+    grep -h "resuming from" "$work"/hold.out/condor_outs/*.out
+    same hold
 fi
 say "done: $part ($work)"
