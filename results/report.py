@@ -183,7 +183,9 @@ def summary(methods, pairs):
     if not found:
         return ""
     base = next(iter(found))[1]
-    name = {label: f"{label} ({methods[label].mean:.2f} %)" for pair in found for label in pair}
+    # over the seeds that the difference is over, too
+    means = {label: mean for pair, d in reversed(found.items()) for label, mean in zip(pair, d.accuracies)}
+    name = {label: f"{label} ({mean:.2f} %)" for label, mean in means.items()}
     share = {a: 100 * methods[a].seconds / methods[b].seconds for a, b in found if b == base}
     times = [f"{name[label]} takes {percent:.0f} %" for label, percent in share.items()]
     times[0] += f" of the training time of {name[base]}"
@@ -289,10 +291,9 @@ STYLE = {"HEFT": ("o", "#0072B2"), "LoRA": ("s", "#D55E00"), "LoReFT": ("^", "#0
 def mark(axes, label, x, y, seeds=()):
     """A large mark with its label, and a small one for each seed; hollow for what is not in Table 1."""
     marker, color = STYLE[label.split(" ", 1)[0]]
-    text, inside, weight = label, color, "bold"
+    text, inside, edge, order, weight = label, color, "white", 3, "bold"
     if label not in ROWS:  # on top: a hollow mark hides nothing
-        text, inside, weight = label.split(", ")[-1], "none", "normal"
-    edge, order = ("white", 3) if label in ROWS else (color, 4)
+        text, inside, edge, order, weight = label.split(", ")[-1], "none", color, 4, "normal"
     axes.plot([x] * len(seeds), seeds, marker, ms=4.5, mfc=inside, mec=edge, mew=0.7, zorder=order)
     axes.plot(x, y, marker, ms=9.5, mfc=inside, mec=edge, mew=1, zorder=order)
     left = label == "LoRA 20"  # so that labels seldom meet
@@ -370,7 +371,7 @@ def write_pages(folder):
     (folder / "README.md").write_text(text.strip() + "\n")
 
     note = "Methods that are not in [README.md](README.md). Among several tests of one seed each, one small p"
-    note += " is no evidence. Seconds of other layers and ranks are as measured, beside other work."
+    note += " is no evidence. Seconds of other layers and ranks are as measured, maybe beside other work."
     details = ["# Details", note]
     for name, found in methods.items():
         shown = on_page(found) if name in (REVIEWS, SMALL_BOOLQ) else {}
