@@ -41,12 +41,13 @@ if [ -z "${HF_TOKEN:-}" ] && { [ -e .hf_token ] || [ -L .hf_token ]; }; then
     if [ -n "$HF_TOKEN" ]; then export HF_TOKEN; else unset HF_TOKEN; fi
 fi
 
-has_packages() { # does this Python have what requirements.txt names?
-    "$1" - "$here/requirements.txt" <<'PYTHON' 2>/dev/null
+has_packages() { # does this Python have what requirements.txt names? If not, prints why
+    "$1" - "$here/requirements.txt" <<'PYTHON' 2>&1 | tail -n 1
 import sys
 from importlib.metadata import version
-pins = [line.strip().split("==") for line in open(sys.argv[1]) if "==" in line]
-sys.exit(any(version(name).split("+")[0] != pin for name, pin in pins))
+for name, _, pin in (line.strip().partition("==") for line in open(sys.argv[1])):
+    if pin and version(name).split("+")[0] != pin:
+        sys.exit(f"{name} is {version(name)}, not {pin}")
 PYTHON
 }
 
@@ -71,7 +72,10 @@ sys.exit(1)' "${HEFT_INSTALL_LIMIT:-3600}"
 
 venv=$here/.venv
 unfinished=$venv/.unfinished # not empty: an installation is under way, or was killed
-installed() { [ ! -s "$unfinished" ] && has_packages "$venv/bin/python"; }
+occupied() { # does .venv hold anything else? Running jobs may use it: only its owner changes it
+    set -- "$venv"/*
+    [ ! -s "$unfinished" ] && { [ -e "$1" ] || [ -L "$1" ]; }
+}
 
 install_packages() { # requirements.txt into .venv, one run at a time
     for system in python3 python3.13 python3.12 python3.11; do suits "$system" && break; done ||
@@ -79,24 +83,42 @@ install_packages() { # requirements.txt into .venv, one run at a time
     { mkdir -p "$venv" && : >>"$unfinished"; } 2>/dev/null || fail "cannot write to $venv"
     exec 9>>"$unfinished"
     lock || fail "another run has not finished installing the packages: if none is running, remove $venv"
-    if ! installed; then # nor has another run done it meanwhile
+    if ! occupied; then # nor has another run done it meanwhile
         echo "heft: installing the packages into $venv (once, some minutes)" >&2
-        if [ -s "$unfinished" ] || ! suits "$venv/bin/python"; then rm -rf "${venv:?}"/*; fi
+        rm -rf "${venv:?}"/*
         echo unfinished >"$unfinished"
         "$system" -m venv "$venv" || fail "$system -m venv failed: install Python's venv module"
         "$venv/bin/python" -m pip install --no-user --disable-pip-version-check -r "$here/requirements.txt" >&2 ||
             fail "pip could not install requirements.txt; fix that, and run the same command again"
-        has_packages "$venv/bin/python" || fail "pip did not install into $venv: look at 'pip config list'"
+        has_packages "$venv/bin/python" >/dev/null || fail "pip did not install into $venv: look at 'pip config list'"
         : >"$unfinished"
     fi
     exec 9>&- # or the script would keep the lock
 }
 
 python=python3
-if ! has_packages python3; then
+if [ -n "${HEFT_INSTALL_ONLY:-}" ] || ! has_packages python3 >/dev/null; then
     python=$venv/bin/python
-    installed || install_packages
+    occupied || install_packages
+    if ! why=$(has_packages "$python"); then
+        home=$(sed -n 's/^home = //p' "$venv/pyvenv.cfg" 2>/dev/null) || home="another folder"
+        "$python" -c '' 2>/dev/null || fail "$python does not start on this machine ($why). It needs the Python in" \
+            "$home: load its module or mount its disk. If that Python is gone for good, remove $venv"
+        fail "$venv is not as requirements.txt asks ($why). When no run uses it, remove it and run the same command" \
+            "again, or update it: $python -m pip install -r $here/requirements.txt"
+    fi
 fi
+
+# Libraries of a module or of conda can keep torch from loading. They stay where they do not: a container needs them.
+loads() { "$python" -c 'import ssl, torch, pyarrow, scipy.stats' 2>&1 | tail -n 1; }
+if [ -n "${LD_LIBRARY_PATH:-}${LD_PRELOAD:-}" ] && ! why=$(loads); then
+    for name in LD_LIBRARY_PATH LD_PRELOAD; do
+        if (unset "$name" && loads >/dev/null); then
+            fail "$name is ${!name}, and torch does not load ($why): unset it, or unload the module that sets it"
+        fi
+    done
+fi
+[ -z "${HEFT_INSTALL_ONLY:-}" ] || exit 0 # for tests/run
 
 # exec: signals and the exit status are the script's.
 exec "$python" "$here/heft_finetuning.py" "$@"

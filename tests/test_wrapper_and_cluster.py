@@ -43,16 +43,26 @@ def stub_repo(tmp_path):
 def toy_repo(stub_repo):
     """The same, with a requirement that has to be installed. Its wheel has what tests/run starts, too."""
     (stub_repo / "requirements.txt").write_text("heft-toy==1.0\n")
-    about, ruff = "heft_toy-1.0.dist-info", zipfile.ZipInfo("heft_toy-1.0.data/scripts/ruff")
+    toy_wheel(stub_repo, "1.0")
+    return stub_repo
+
+
+def toy_wheel(folder, version):
+    about, ruff = f"heft_toy-{version}.dist-info", zipfile.ZipInfo(f"heft_toy-{version}.data/scripts/ruff")
     ruff.external_attr = 0o100755 << 16
-    with zipfile.ZipFile(stub_repo / "heft_toy-1.0-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(folder / f"heft_toy-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr("heft_toy.py", "")
         wheel.writestr("pytest.py", "import sys; print(sys.argv[1:])")
         wheel.writestr(ruff, "#!/bin/sh\n")
-        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: heft-toy\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: heft-toy\nVersion: {version}\n")
         wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{about}/RECORD", "")
-    return stub_repo
+
+
+def copy_tests_run(folder):
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests/run", folder / "tests")
+    (folder / "tests/requirements.txt").write_text("")
 
 
 def start(folder, *arguments, command="./heft_exec.sh", user=None, **environment):
@@ -216,7 +226,7 @@ def test_the_users_environment_stays_out(toy_repo):
     assert not {str(toy_repo), str(evil)} & {*given["path"]}
     assert shown(run(toy_repo)) and not run(toy_repo).stderr  # once is enough
     # what cannot be kept out is noticed
-    shutil.rmtree(toy_repo / ".venv" / SITE / "heft_toy-1.0.dist-info")
+    shutil.rmtree(toy_repo / ".venv")
     config.write_text(f"[install]\ntarget = {evil}\n")
     refused(run(toy_repo, **environment), "pip did not install into", lines=None)
 
@@ -289,6 +299,142 @@ def test_the_tools_of_macos_suffice(toy_repo):
     refused(run(toy_repo, **job), "chmod 600 .hf_token")
 
 
+def files_of(folder):
+    return {file: (os.lstat(file).st_ino, os.lstat(file).st_mtime_ns) for file in folder.rglob("*")}
+
+
+STARTED_ELSEWHERE = {  # what .venv/bin/python is on a node that cannot start it, and what the message says
+    "module not loaded": (None, "No such file"),
+    "shared library": (
+        "#!/bin/sh\necho 'libpython3.11.so.1.0: cannot open shared object file' >&2; exit 127",
+        "libpython3.11",
+    ),
+    "architecture": ("\x7fELF\2\1\1" + "\0" * 11 + "\xb7" + "\0" * 45, "cannot execute binary file"),
+}
+
+
+@pytest.mark.parametrize("command", ["./heft_exec.sh", "tests/run"])
+@pytest.mark.parametrize("kind", STARTED_ELSEWHERE)
+def test_a_node_that_cannot_start_the_python_of_venv_deletes_nothing(toy_repo, kind, command):
+    copy_tests_run(toy_repo)
+    assert shown(run(toy_repo, **TOY))
+    python = toy_repo / ".venv/bin/python"
+    python.unlink()
+    content, words = STARTED_ELSEWHERE[kind]
+    if content is None:
+        python.symlink_to("/opt/modules/python/3.11/bin/python3")
+    else:
+        python.write_text(content, encoding="latin-1")
+        python.chmod(0o755)
+    before = files_of(toy_repo / ".venv")
+    done = run(toy_repo, command=command, **TOY)
+    refused(done, f"{python} does not start on this machine (")
+    assert (
+        words in done.stderr and f"needs the Python in {Path(sys._base_executable).parent}: " in done.stderr
+    )
+    assert done.stderr.endswith(
+        f"load its module or mount its disk. If that Python is gone for good, remove {toy_repo}/.venv\n"
+    )
+    assert files_of(toy_repo / ".venv") == before
+
+
+def test_a_venv_that_others_made_is_not_touched(toy_repo):
+    """One of Windows, in a folder that WSL shares; one whose Python is too new, or has no packages."""
+    (toy_repo / ".venv/Scripts").mkdir(parents=True)
+    (toy_repo / ".venv/Scripts/python.exe").write_text("")
+    (toy_repo / ".venv/pyvenv.cfg").write_text("home = C:\\Python311\n")
+    before = files_of(toy_repo / ".venv")
+    refused(run(toy_repo, **TOY), "needs the Python in C:\\Python311: ")
+    assert files_of(toy_repo / ".venv") == before
+    shutil.rmtree(toy_repo / ".venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", toy_repo / ".venv"], check=True)
+    before = files_of(toy_repo / ".venv")
+    refused(run(toy_repo, **TOY), "heft-toy). When no run uses it, remove it")
+    assert files_of(toy_repo / ".venv") == before
+    (toy_repo / ".venv/bin/python").unlink()
+    shutil.copy(pretend(toy_repo, "old", "3.14.0").split(":")[0] + "/old", toy_repo / ".venv/bin/python")
+    before = files_of(toy_repo / ".venv")
+    refused(run(toy_repo, **TOY), ".venv is not as requirements.txt asks (")
+    assert files_of(toy_repo / ".venv") == before
+    shutil.rmtree(toy_repo / ".venv")
+    (toy_repo / ".venv").symlink_to("/scratch/not/mounted")
+    refused(run(toy_repo, **TOY), f"cannot write to {toy_repo}/.venv")
+
+
+@pytest.mark.parametrize("command", ["./heft_exec.sh", "tests/run"])
+def test_packages_of_running_jobs_are_not_changed(toy_repo, command):
+    """After a `git pull` with other versions. The message has both ways on."""
+    copy_tests_run(toy_repo)
+    job = start(toy_repo, "wait", **TOY)
+    assert job.stdout.readline()
+    before = files_of(toy_repo / ".venv")
+    (toy_repo / "requirements.txt").write_text("heft-toy==1.1\n")
+    done = run(toy_repo, command=command, **TOY)
+    refused(
+        done, "heft-toy is 1.0, not 1.1). When no run uses it, remove it and run the same command again, or "
+    )
+    assert files_of(toy_repo / ".venv") == before
+    job.kill()
+    job.communicate()
+    (toy_repo / "heft_toy-1.0-py3-none-any.whl").unlink()
+    toy_wheel(toy_repo, "1.1")
+    update = done.stderr.split("update it: ")[1].split()
+    subprocess.run(update, cwd=toy_repo, env={"PATH": PATH} | TOY, check=True, stdout=subprocess.DEVNULL)
+    assert shown(run(toy_repo))
+    (toy_repo / "requirements.txt").write_text("heft-toy==1.1\nheft-toy2==1.0\n")
+    refused(
+        run(toy_repo, command=command, **TOY), "No package metadata was found for heft-toy2). When no run"
+    )
+
+
+def test_a_killed_tests_run_does_not_cost_the_packages(toy_repo):
+    """Ctrl-C while it adds the packages of the tests: they are added again, and nothing is deleted."""
+    copy_tests_run(toy_repo)
+    assert shown(run(toy_repo, **TOY))
+    (toy_repo / ".venv/kept").write_text("")
+    path = stand_in(toy_repo, "cat", "kill -KILL 0\n")  # at the end of installing, and what started it
+    assert run(toy_repo, command="tests/run", PATH=path, **TOY).returncode < 0
+    assert shown(run(toy_repo, **TOY))
+    assert run(toy_repo, command="tests/run", **TOY).returncode == 0
+    assert (toy_repo / ".venv/kept").exists()
+
+
+def test_a_finished_venv_may_be_read_only(toy_repo):
+    """HOME, USER and the like may be missing (here they always are), as in some batch systems."""
+    assert shown(run(toy_repo, **TOY))
+    with tempfile.TemporaryDirectory() as folder:  # which another user can enter
+        shutil.copytree(toy_repo, f"{folder}/repo", symlinks=True)
+        subprocess.run(["chmod", "-R", "a+rX,a-w", folder], check=True)
+        user = 65534 if os.getuid() == 0 else None  # root writes everywhere
+        try:
+            subprocess.run([f"{folder}/repo/.venv/bin/python", "-c", ""], user=user, check=True)
+            assert shown(run(f"{folder}/repo", user=user))
+        except PermissionError:
+            pytest.skip("the tests' Python is in a folder of root")
+        finally:
+            subprocess.run(["chmod", "-R", "u+w", folder], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_LIBRARY_PATH is Linux's")
+def test_libraries_of_a_module_that_break_torch_are_named(stub_repo):
+    folder = stub_repo / "libraries"
+    folder.mkdir()
+    variable = {"LD_LIBRARY_PATH": str(folder)}
+    assert shown(run(stub_repo, **variable))["env"]["LD_LIBRARY_PATH"] == str(folder)  # a container needs it
+    library = folder / "libstdc++.so.6"
+    (other,) = {*re.findall(r"/\S+/libc\.so\.6", Path("/proc/self/maps").read_text())}
+    for content in (b"cut short", Path(other).read_bytes()):  # the other has none of the symbols
+        library.write_bytes(content)
+        done = run(stub_repo, **variable)
+        refused(done, f"heft: error: LD_LIBRARY_PATH is {folder}, and torch does not load (")
+        assert f"{library}: " in done.stderr
+    if compiler := shutil.which("cc"):
+        old = [compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libstdc++.so.6", "-o", library]
+        subprocess.run(old, check=True)
+        done = run(stub_repo, LD_PRELOAD=str(library))
+        refused(done, f"heft: error: LD_PRELOAD is {library}, and torch does not load (")
+
+
 def pretend(folder, name, version):
     """A command `name`: this Python, which says that it is of another version and has no packages."""
     lie = f"import sys; sys.version_info = ({version.replace('.', ', ')})\n"
@@ -306,20 +452,13 @@ def test_a_python_that_has_wheels_is_taken(toy_repo):
         path = pretend(toy_repo, "python3", wrong)
         refused(run(toy_repo, PATH=path), f"Python 3.11, 3.12 or 3.13 is needed; python3 is Python {wrong}\n")
         assert not (toy_repo / ".venv").exists()
-    # another name helps, and what a wrong Python has left does not stay
-    pretend(toy_repo, "python3.12", "3.12.1")
-    (toy_repo / ".venv/bin").mkdir(parents=True)
-    (toy_repo / ".venv/left").write_text("")
-    shutil.copy(toy_repo / "bin/python3", toy_repo / ".venv/bin/python")
+    pretend(toy_repo, "python3.12", "3.12.1")  # another name helps
     done = run(toy_repo, PATH=path, **TOY)
     assert shown(done) and "made by python3.12\n" in done.stderr
-    assert not (toy_repo / ".venv/left").exists()
 
 
 def test_tests_run_installs_in_turn_with_the_wrapper(toy_repo):
-    (toy_repo / "tests").mkdir()
-    shutil.copy(ROOT / "tests/run", toy_repo / "tests")
-    (toy_repo / "tests/requirements.txt").write_text("")
+    copy_tests_run(toy_repo)
     environment = TOY | {"PYTHONPATH": "/evil", "PIP_USER": "1"}
     both = [start(toy_repo, command=command, **environment) for command in ("./heft_exec.sh", "tests/run")]
     wrapper, tests = [finish(process) for process in both]
