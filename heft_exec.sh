@@ -51,6 +51,18 @@ for name, _, pin in (line.strip().partition("==") for line in open(sys.argv[1]))
 PYTHON
 }
 
+loads() { "$1" -c 'import ssl, torch, pyarrow, scipy.stats' 2>&1 | tail -n 1; }
+
+works() { # COMMAND...; if not, $why. Unset here, the libraries of these variables would be missing in a container.
+    why=$("$@") && return
+    for name in LD_LIBRARY_PATH LD_PRELOAD; do
+        if [ -n "${!name:-}" ] && (unset "$name" && "$@" >/dev/null); then
+            fail "$name is ${!name}, and with it Python fails ($why): unset it, or unload the module that sets it"
+        fi
+    done
+    return 1
+}
+
 suits() { # is this a Python for which all packages have wheels?
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
@@ -97,10 +109,10 @@ install_packages() { # requirements.txt into .venv, one run at a time
 }
 
 python=python3
-if [ -n "${HEFT_INSTALL_ONLY:-}" ] || ! has_packages python3 >/dev/null; then
+if [ -n "${HEFT_INSTALL_ONLY:-}" ] || ! works has_packages python3; then
     python=$venv/bin/python
     occupied || install_packages
-    if ! why=$(has_packages "$python"); then
+    if ! works has_packages "$python"; then
         home=$(sed -n 's/^home = //p' "$venv/pyvenv.cfg" 2>/dev/null) || home="another folder"
         "$python" -c '' 2>/dev/null || fail "$python does not start on this machine ($why). It needs the Python in" \
             "$home: load its module or mount its disk. If that Python is gone for good, remove $venv"
@@ -109,15 +121,8 @@ if [ -n "${HEFT_INSTALL_ONLY:-}" ] || ! has_packages python3 >/dev/null; then
     fi
 fi
 
-# Libraries of a module or of conda can keep torch from loading. They stay where they do not: a container needs them.
-loads() { "$python" -c 'import ssl, torch, pyarrow, scipy.stats' 2>&1 | tail -n 1; }
-if [ -n "${LD_LIBRARY_PATH:-}${LD_PRELOAD:-}" ] && ! why=$(loads); then
-    for name in LD_LIBRARY_PATH LD_PRELOAD; do
-        if (unset "$name" && loads >/dev/null); then
-            fail "$name is ${!name}, and torch does not load ($why): unset it, or unload the module that sets it"
-        fi
-    done
-fi
+if [ -n "${LD_LIBRARY_PATH:-}${LD_PRELOAD:-}" ]; then works loads "$python" || true; fi # or it has a traceback
+
 [ -z "${HEFT_INSTALL_ONLY:-}" ] || exit 0 # for tests/run
 
 # exec: signals and the exit status are the script's.

@@ -426,13 +426,13 @@ def test_libraries_of_a_module_that_break_torch_are_named(stub_repo):
     for content in (b"cut short", Path(other).read_bytes()):  # the other has none of the symbols
         library.write_bytes(content)
         done = run(stub_repo, **variable)
-        refused(done, f"heft: error: LD_LIBRARY_PATH is {folder}, and torch does not load (")
+        refused(done, f"heft: error: LD_LIBRARY_PATH is {folder}, and with it Python fails (")
         assert f"{library}: " in done.stderr
     if compiler := shutil.which("cc"):
         old = [compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libstdc++.so.6", "-o", library]
         subprocess.run(old, check=True)
         done = run(stub_repo, LD_PRELOAD=str(library))
-        refused(done, f"heft: error: LD_PRELOAD is {library}, and torch does not load (")
+        refused(done, f"heft: error: LD_PRELOAD is {library}, and with it Python fails (")
 
 
 def pretend(folder, name, version):
