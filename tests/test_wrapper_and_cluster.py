@@ -470,6 +470,42 @@ def test_tests_run_installs_in_turn_with_the_wrapper(toy_repo):
     assert ast.literal_eval(again.stdout) == [*options, "slow or not slow", "-k", "a b", "tests"]
 
 
+# --- .gitattributes
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("settings", ["core.autocrlf=true", "core.autocrlf=true core.eol=crlf"])
+def test_a_clone_of_windows_has_the_same_bytes(stub_repo, settings):
+    """bash does not run CRLF, and hashes of data and models would change."""
+    files = (
+        "heft_exec.sh tests/run heft.sub container.def requirements.txt smoke/data/train.jsonl .gitattributes"
+    )
+    files = (
+        f"{files} smoke/model/config.json smoke/model/tokenizer.json smoke/model/model.safetensors LICENSE"
+    )
+    for file in files.split():
+        if not (stub_repo / file).exists():
+            (stub_repo / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, stub_repo / file)
+    (stub_repo / "data.jsonl").write_bytes(b'{"question": "a"}\r\n{"question": "b"}\n')
+    environment = {"PATH": PATH, "HOME": str(stub_repo), "GIT_CONFIG_NOSYSTEM": "1"}
+
+    def git(*words):
+        options = [word for setting in settings.split() for word in ("-c", setting)]
+        options += ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(
+            ["git", *options, *words], cwd=stub_repo, env=environment, check=True, capture_output=True
+        )
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    git("clone", *[word for each in settings.split() for word in ("-c", each)], ".", "clone")
+    for file in [*files.split(), "data.jsonl", "heft_finetuning.py"]:
+        assert (stub_repo / "clone" / file).read_bytes() == (stub_repo / file).read_bytes(), file
+    assert shown(run(stub_repo / "clone"))
+
+
 # --- heft.sub
 
 SUB = (ROOT / "heft.sub").read_text()
@@ -531,6 +567,48 @@ def test_the_sweep_is_table_1_in_the_order_that_saves_hours():
     after = re.findall(r"^# condor_submit heft.sub epochs_lora=(\d+) epochs_reft=(\d+)$", SUB, re.M)
     paper = json.loads((ROOT / "results/paper.json").read_text())["table_1"].values()
     assert {*items, *after} == {(str(row["lora_epochs"]), str(row["reft_epochs"])) for row in paper}
+
+
+def test_the_pages_recipe_trains_one_stage_1_per_seed(tmp_path):
+    """Two settings, three seeds: on HTCondor, on a workstation, on Slurm (there in turn)."""
+    page = (ROOT / "condor_outs/README.md").read_text()
+    blocks = [block for block in re.findall(r"```\n(.*?)```", page, re.S) if "for seed" in block]
+    (submit,) = re.findall(r"^submit=.*$", page, re.M)
+    stand_in(tmp_path, "condor_submit", 'echo "$@"\n')
+    path = stand_in(tmp_path, "sbatch", 'echo "${@: -8}"\n')
+    (tmp_path / "heft_exec.sh").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "heft_exec.sh").chmod(0o755)
+
+    def said(block):
+        command = ["bash", "-c", f"{submit}\n{block}"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={"PATH": path}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    pool, workstation, slurm = map(said, blocks)
+    seeds, layers = (42, 142, 242), (10, 15)
+    assert pool == [
+        f"heft.sub extra=--seed {seed} --reft-layer {layer}" for layer in layers for seed in seeds
+    ]
+    in_turn = [f"--seed {seed} --reft-layer {layer}" for seed in seeds for layer in layers]
+    assert workstation == in_turn
+    assert slurm == [f"seed{flags.split()[1]} -d singleton heft_exec.sh {flags}" for flags in in_turn]
+    extra = expanded("arguments", command_line=["extra=--seed 142 --reft-layer 10"])
+    assert extra.split() == "--epochs-lora 3 --epochs-reft 3 --seed 142 --reft-layer 10".split()
+
+
+def test_seeds_are_further_apart_than_the_epochs():
+    """Epoch e of seed s has the order of epoch 0 of seed s + e; the paper's longest stage has 20 epochs."""
+    loops = 0
+    for file in "heft.sub README.md condor_outs/README.md".split():
+        text = (ROOT / file).read_text()
+        lists = [[int(seed) for seed in each.split()] for each in re.findall(r"for seed in ([\d ]+)", text)]
+        lists += [[42, int(seed)] for seed in re.findall(r"--seed (\d+)", text) if seed != "42"]
+        for seeds in lists:
+            assert all(abs(a - b) > 20 for a in seeds for b in seeds if a != b), (file, seeds)
+        loops += len(lists)
+    assert loops > 3
 
 
 def test_submit_file_has_no_line_twice_and_no_old_trap():
