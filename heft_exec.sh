@@ -92,14 +92,16 @@ occupied() { # does .venv hold anything else? Running jobs may use it: only its 
 install_packages() { # requirements.txt into .venv, one run at a time
     for system in python3 python3.13 python3.12 python3.11; do suits "$system" && break; done ||
         fail "Python 3.11, 3.12 or 3.13 is needed; python3 is $(python3 --version 2>/dev/null || echo missing)"
-    { mkdir -p "$venv" && : >>"$unfinished"; } 2>/dev/null || fail "cannot write to $venv"
+    { mkdir -p "$venv" && : >>"$unfinished"; } 2>/dev/null || fail "cannot read or write $venv"
     exec 9>>"$unfinished"
     lock || fail "another run has not finished installing the packages: if none is running, remove $venv"
     if ! occupied; then # nor has another run done it meanwhile
         echo "heft: installing the packages into $venv (once, some minutes)" >&2
         rm -rf "${venv:?}"/*
         echo unfinished >"$unfinished"
-        "$system" -m venv "$venv" || fail "$system -m venv failed: install Python's venv module"
+        # venv refuses a link, such as one to a larger disk
+        "$system" -m venv "$(cd "$venv" && pwd -P)" ||
+            fail "$system -m venv failed, see above: is the disk full, or Python's venv module not installed?"
         "$venv/bin/python" -m pip install --no-user --disable-pip-version-check -r "$here/requirements.txt" >&2 ||
             fail "pip could not install requirements.txt; fix that, and run the same command again"
         has_packages "$venv/bin/python" >/dev/null || fail "pip did not install into $venv: look at 'pip config list'"

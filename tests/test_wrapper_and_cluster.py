@@ -358,7 +358,12 @@ def test_a_venv_that_others_made_is_not_touched(toy_repo):
     assert files_of(toy_repo / ".venv") == before
     shutil.rmtree(toy_repo / ".venv")
     (toy_repo / ".venv").symlink_to("/scratch/not/mounted")
-    refused(run(toy_repo, **TOY), f"cannot write to {toy_repo}/.venv")
+    refused(run(toy_repo, **TOY), f"cannot read or write {toy_repo}/.venv")
+    (toy_repo / "large disk").mkdir()
+    (toy_repo / ".venv").unlink()
+    (toy_repo / ".venv").symlink_to("large disk")  # an empty folder is there to be used
+    assert shown(run(toy_repo, **TOY)) and (toy_repo / "large disk/bin/python").exists()
+    assert not run(toy_repo).stderr
 
 
 @pytest.mark.parametrize("command", ["./heft_exec.sh", "tests/run"])
