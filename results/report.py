@@ -127,10 +127,17 @@ def read_result(path):
 
     older = "FORMAT" in edition
     model_and_data = [Path(result["settings"][name]).name for name in ("BASE_MODEL", "DATASET")]
-    run = {"result": result, "settings": settings, "edition": edition, "right": right, "answers": answers}
+    run = {
+        "result": result,
+        "settings": settings,
+        "edition": edition,
+        "made_by": edition,
+        "right": right,
+        "answers": answers,
+    }
     run["kind"] = kind_of(result["lora_epochs"], result["reft_epochs"])
     run["lora_epochs"], run["reft_epochs"] = result["lora_epochs"], result["reft_epochs"]
-    run["seed"] = result["settings"]["SEED"]
+    run["seed"] = int(result["settings"]["SEED"])
     run["base"], run["model"] = model_and_data[0], " on ".join(model_and_data)
     run["smoke"] = bool(result["settings"].get("SMOKE"))
     run["questions"] = questions
@@ -208,9 +215,8 @@ def computed_seconds(run, runs):
 def name_methods(runs):
     """Add `method`, a label for the runs that differ only in the seed, `odd`, the names in which it differs
     from the usual settings (of HEFT with the most seeds), and `run_number`: 2 for a second run of a seed."""
-    runs = runs.assign(
-        method="", odd=None, heft=runs.kind.str.startswith("HEFT"), trained=runs.reft_epochs > 0
-    )
+    runs = runs.assign(method="", odd=None, trained=runs.reft_epochs > 0)
+    runs["heft"] = runs.kind.str.startswith("HEFT")
     keys = []
     for _, run in runs.iterrows():
         key = json.dumps([run.kind, run.settings, run.edition, run.answers], sort_keys=True)
@@ -218,9 +224,8 @@ def name_methods(runs):
     runs["key"] = keys
     runs["seeds"] = runs.groupby(["section", "key"]).seed.transform("nunique")
     for _, section in runs.groupby("section"):
-        methods = section.sort_values(["heft", "seeds"], ascending=False, kind="stable").drop_duplicates(
-            "key"
-        )
+        methods = section.sort_values(["heft", "seeds"], ascending=False, kind="stable")
+        methods = methods.drop_duplicates("key")
         usual = {"older": methods.older.iloc[0]}
         for _, method in methods.iterrows():
             usual = method.settings | method.edition | usual
@@ -245,10 +250,9 @@ def method_label(run, usual):
         other_hash = other_edition and name in ("TRAIN_DATA", "VALIDATION_DATA")
         if value != usual[name] and not other_hash:
             odd.add(name)
-            value = str(value)[:8] if name in EDITION else value
-            words.append(
-                f"{name.lower()}={value:g}" if isinstance(value, float) else f"{name.lower()}={value}"
-            )
+            if name in EDITION:
+                value = str(value)[:8]  # hashes are long
+            words.append(f"{name.lower()}={value}")
     return ", ".join(words), odd
 
 
@@ -316,11 +320,12 @@ def why_not_comparable(a, b):
 
 def same_code(a, b):
     """Whether two runs were made by the same edition: code, model files and data."""
-    if not (a.edition and b.edition):  # pooled
-        return True
-    return a.older == b.older and all(
-        a.edition[name] == b.edition[name] for name in a.edition if name in b.edition
-    )
+    return a.older == b.older and not differing_names(a.made_by, b.made_by)
+
+
+def differing_names(a, b):
+    """The names that both dictionaries have, with other values."""
+    return [name for name in a if name in b and a[name] != b[name]]
 
 
 def compare(first, second):
@@ -448,19 +453,20 @@ def summary(rows, model):
             found[a, b] = difference
     if not found:
         return ""
-    seeds = {difference.seeds for difference in found.values()}
-    each = len(seeds) > 1  # say it once if all have the same number of seeds
-    unit = "points" if seeds == {1} else "points, 95 % intervals"
-    unit += "" if each or seeds == {1} else f", {seeds.pop()} seeds"
+    usual = pd.Series([difference.seeds for difference in found.values()]).mode().max()
+    unit = f"points, 95 % intervals, {usual} seeds" if usual > 1 else "points"
     sentences = []
     for (a, b), difference in found.items():
+        say_seeds = difference.seeds != usual
         if (a, b) == ("LoRA 4", "LoReFT 20"):
-            sentences.append(f"LoRA 4 minus LoReFT 20 is {evidence(difference, each)}.")
+            sentences.append(f"LoRA 4 minus LoReFT 20 is {evidence(difference, say_seeds)}.")
         elif b == "LoRA 4":
-            sentences.append(verdict(a, b, difference, each))
+            sentences.append(verdict(a, b, difference, say_seeds))
         else:
-            sentences.append(claim(a, b, difference, each))
-    return f"With {model} ({unit}): {' '.join(sentences)}"
+            sentences.append(claim(a, b, difference, say_seeds))
+    ratios = rate_ratios(rows)
+    rates = f", at {ratios} times the paper's learning rates" if ratios else ""
+    return f"With {model}{rates} ({unit}): {' '.join(sentences)}"
 
 
 def finding(small, large, any_large):
@@ -472,8 +478,6 @@ def finding(small, large, any_large):
         )
         paragraphs.append(summary(large, "Llama-2-7b-chat on BoolQ") or nothing)
     text = summary(small, "SmolLM2-135M-Instruct on review snippets")
-    if ratios := rate_ratios(small):
-        text += f" The learning rates are {ratios} times the paper's."
     if not any_large:
         text += " The paper's model has not been run."
     elif not large:
@@ -560,10 +564,8 @@ def accuracy_text(runs):
 def headline_table(small, large):
     """The rows of the paper and LoRA 4, and one more for each other choice of learning rates."""
     table = []
-    for name in [
-        *HEADLINE,
-        *(name for name in small if " at " in name and name.split(" at ")[0] in HEADLINE),
-    ]:
+    other_rates = [name for name in small if " at " in name and name.split(" at ")[0] in HEADLINE]
+    for name in HEADLINE + other_rates:
         row = {"method": name}
         if name in PAPER_ROWS:
             row["paper: accuracy %"] = f"{PAPER_ROWS[name]['accuracy']:.2f}"
@@ -578,6 +580,7 @@ def headline_table(small, large):
         if name in small:
             runs = main_edition(small[name])
             row["SmolLM2: accuracy %"] = accuracy_text(runs)
+            row["SmolLM2: seeds"] = len(runs)
             row["SmolLM2: minutes, computed"] = minutes(runs.computed_seconds.min())
             row["SmolLM2: learning rates"] = rates_text(runs.iloc[0])
         table.append(row)
@@ -923,10 +926,8 @@ def papers_totals():
     error = np.sqrt(lora * (1 - lora / PAPER_QUESTIONS))
     blocks = {"error in questions": f"{error:.0f}", "error in points": f"{100 * error / PAPER_QUESTIONS:.2f}"}
     blocks |= {"short above": short - lora, "long above": long - lora}
-    blocks |= {
-        "LoRA 20 minutes": PAPER_ROWS["LoRA 20"]["minutes"],
-        "LoRA 4 time": clock(60 * papers_minutes("LoRA 4")),
-    }
+    blocks["LoRA 20 minutes"] = papers_minutes("LoRA 20")
+    blocks["LoRA 4 time"] = clock(60 * papers_minutes("LoRA 4"))
     blocks["HEFT time"] = clock(60 * papers_minutes("HEFT 3 + 3"))
     return blocks | {"needed": f"{norm.ppf(0.975) * 2**0.5 * error:.0f}"}
 
@@ -1028,10 +1029,9 @@ def differing_settings(a, b):
         names = {"EPOCHS_LORA": run.lora_epochs, "EPOCHS_REFT": run.reft_epochs, "SEED": run.seed}
         values.append({"model and data": run.model} | names | run.settings)
     words = []
-    for name in values[0]:
-        if name in values[1] and values[0][name] != values[1][name]:
-            shown = ["none" if value[name] == "" else str(value[name]) for value in values]
-            words.append(f"{name} {' and '.join(shown)}")
+    for name in differing_names(*values):
+        shown = ["none" if value[name] == "" else str(value[name]) for value in values]
+        words.append(f"{name} {' and '.join(shown)}")
     return ", ".join(words)
 
 
@@ -1040,8 +1040,7 @@ def code_text(a, b):
     commits = f"commits {a.result.get('commit')} and {b.result.get('commit')}"
     if a.older != b.older:
         return f"differs, one is of an older edition ({commits})"
-    differ = [name for name in a.edition if name in b.edition and a.edition[name] != b.edition[name]]
-    if differ:
+    if differ := differing_names(a.made_by, b.made_by):
         return f"differs in {', '.join(differ)} ({commits})"
     if a.result.get("script_sha256") == b.result.get("script_sha256"):
         return "the same"
@@ -1074,9 +1073,8 @@ def main():
         elif len(given.paths) == 2 and not given.write:
             show(compare_files(given.paths))
         elif len(given.paths) > 1 or not folder.is_dir():
-            raise ValueError(
-                "give two results, or one folder" if folder.exists() else f"{folder} does not exist"
-            )
+            wanted = "give two results, or one folder"
+            raise ValueError(wanted if folder.exists() else f"{folder} does not exist")
         elif given.write:
             write_page(folder / "report.md", folder_page(folder))
             show(f"written: {folder / 'report.md'}")

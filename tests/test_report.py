@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import report
 from conftest import ROOT
+from scipy.stats import t
 
 # What a made-up result says it was made with
 SETTINGS = {
@@ -168,19 +169,22 @@ def test_the_papers_differences():
 
 def test_a_stored_comparison_by_other_means():
     """HEFT 3 + 3 minus LoReFT 20 on the published page, from the predictions alone."""
-    seeds = {}
-    for file in (ROOT / "results/smollm2").glob("*on_reviews*.json"):
+    folder, editions = ROOT / "results/smollm2", {}
+    for file in folder.glob("*on_reviews*.json"):
         result = json.loads(file.read_text())
         settings = result["settings"]
         method = result["lora_epochs"], result["reft_epochs"]
-        usual = (settings["REFT_LAYER"], settings["REFT_RANK"]) == (15, 4) and settings.get("FORMAT") == 2
-        if usual and method in ((3, 3), (0, 20)):
-            lines = file.with_suffix(".predictions.jsonl").read_text().splitlines()
-            right = [json.loads(line)["answer"] == json.loads(line)["prediction"] for line in lines]
-            seeds.setdefault(settings["SEED"], {})[method] = np.array(right, dtype=int)
-    difference = np.array(
-        [found[3, 3] - found[0, 20] for _, found in sorted(seeds.items()) if len(found) == 2]
-    )
+        if (settings["REFT_LAYER"], settings["REFT_RANK"]) == (15, 4) and method in ((3, 3), (0, 20)):
+            right = []
+            for line in file.with_suffix(".predictions.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                right.append(int(row["answer"] == row["prediction"]))
+            edition = "pooled" if (folder / "pool.json").exists() else settings.get("FORMAT", "newer")
+            editions.setdefault(edition, {}).setdefault(settings["SEED"], {})[method] = np.array(right)
+    differences = []
+    for seeds in editions.values():
+        differences.append([found[3, 3] - found[0, 20] for found in seeds.values() if len(found) == 2])
+    difference = np.array(max(differences, key=len))
     page = (ROOT / "results/README.md").read_text()
     cells = rows(page, "SmolLM2-135M-Instruct on review snippets")
     cells = cells["Is HEFT better than LoReFT of about the same time?"]
@@ -191,7 +195,7 @@ def test_a_stored_comparison_by_other_means():
     padded = np.hstack([difference, np.ones((n, 1)), -np.ones((n, 1))])
     residual = padded - padded.mean(1)[:, None] - padded.mean(0)[None] + padded.mean()
     noise = (residual**2).sum() / ((n - 1) * (q - 1)) / (n * q)
-    of_seeds = {3: 4.30265, 12: 2.20099}[n] ** 2 * padded.mean(1).var(ddof=1) / n
+    of_seeds = t.ppf(0.975, n - 1) ** 2 * padded.mean(1).var(ddof=1) / n
     of_questions = 1.959964**2 * (padded.mean(0).var() / q)
     half = sqrt(max(of_questions, of_seeds + of_questions - 1.959964**2 * noise))
     low, high = 100 * (padded.mean() - half), 100 * (padded.mean() + half)
@@ -270,9 +274,12 @@ def test_twelve_seeds_and_three(tmp_path):
     text = finding(tmp_path)
     assert "HEFT 3 + 3 is worse than LoRA 4: -1.00 (-" in text and ", 12 seeds)" in text
     assert (
-        "HEFT 3 + 3 exceeds LoReFT 20, as in the paper: +10.00" in text and ", 3 seeds; paper +1.81)" in text
+        "HEFT 3 + 3 exceeds LoReFT 20, as in the paper: +10.00" in text
+        and "; paper +1.81)" in text
+        and "intervals, 3 seeds): " in text
     )
-    assert len(text.split()) <= 90
+    small(tmp_path, 20, 0, [88] * 3)
+    assert len(finding(tmp_path).split()) <= 90
 
 
 def test_heft_of_the_papers_model_alone(tmp_path):
@@ -359,9 +366,11 @@ def test_editions_are_pooled_on_request_only(tmp_path):
     section = "SmolLM2-135M-Instruct on review snippets"
     found = rows(published(tmp_path), section)
     assert (found["HEFT 3 + 3"][0], found["HEFT 3 + 3, newer edition"][0]) == ("1", "1")
+    small(tmp_path, 3, 3, [89], new=True, name="repeated/x")
     (tmp_path / "smollm2/pool.json").write_text('{"why": "All predictions are equal."}')
     page = published(tmp_path)
     assert rows(page, section)["HEFT 3 + 3"][0] == "2" and "All predictions are equal." in page
+    assert rows(page, "A stored run repeated")["HEFT 3 + 3, seed 0"][3] == "other"
 
 
 # Folders
