@@ -169,7 +169,8 @@ def read_folder(folder):
     runs, skipped = [], []
     for path in sorted(folder.rglob("*.json"), key=lambda path: path.with_suffix("")):
         name = path.relative_to(folder)
-        if name.name in ("paper.json", "pool.json"):
+        hidden = any(part.startswith(".") for part in name.parts)  # such as .venv
+        if hidden or name.name in ("paper.json", "pool.json"):
             continue
         try:
             run = read_run(path)
@@ -633,21 +634,20 @@ def comparison_row(question, a, b, found):
     return row
 
 
-def pair_table(runs, usual_pairs):
-    """Methods with other settings against those of the usual settings with the same epochs; with
-    `usual_pairs`, also any two of the usual settings."""
-    methods = {}
-    for label, method in runs[runs.run_number == 1].groupby("method", sort=False):
-        methods[label] = method
+def pair_table(runs, only_other_settings=False):
+    """Any two methods with the same epochs or the same settings, and any two if there are at most six. Or, if
+    so asked, only those with other settings against those of the usual settings with the same epochs."""
+    methods = dict(list(runs[runs.run_number == 1].groupby("method", sort=False)))
     rows = []
     for b, a in combinations(methods, 2):
         if methods[a].odd.iloc[0] < methods[b].odd.iloc[0]:
             a, b = b, a
         first, second = methods[a].iloc[0], methods[b].iloc[0]
-        plain = (a == first.kind) + (b == second.kind)
-        if (plain == 2 and not usual_pairs) or plain == 0 or (plain == 1 and first.kind != second.kind):
-            continue
-        if found := compare(methods[a], methods[b]):
+        same_epochs, same_settings = first.kind == second.kind, first.odd == second.odd
+        wanted = same_epochs or same_settings or len(methods) <= 6
+        if only_other_settings:
+            wanted = same_epochs and b == second.kind
+        if wanted and (found := compare(methods[a], methods[b])):
             rows.append(comparison_row("", a, b, found))
     return markdown(rows)
 
@@ -819,7 +819,7 @@ def folder_page(folder):
     blocks = [f"# Results in {folder}"]
     if len(runs):
         for section, group in runs.groupby("section"):
-            blocks += [f"## {section}", method_table(group), pair_table(group, usual_pairs=True)]
+            blocks += [f"## {section}", method_table(group), pair_table(group)]
     else:
         blocks.append("No results.")
     if skipped:
@@ -983,7 +983,7 @@ def details_page(folders, on_page):
         for section, group in runs[~runs.section.str.endswith(")")].groupby("section"):
             rest = group[~group.file.isin(on_page)]
             if len(rest):
-                blocks += [f"## {section}", method_table(rest), pair_table(group, usual_pairs=False)]
+                blocks += [f"## {section}", method_table(rest), pair_table(group, only_other_settings=True)]
     blocks += ["## Table 2 of the paper", f"Source: {PAPER['table_2']['source']}."]
     rows = []
     for model, size, accuracy in PAPER["table_2"]["rows"]:

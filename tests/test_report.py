@@ -426,6 +426,7 @@ def test_a_reader_who_leaves(tmp_path):
 
 def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path):
     good = write(tmp_path, 3, 0, answers(1, 1)).read_text()
+    write(tmp_path / ".hidden", 3, 3, answers(1, 1)).write_text("{")
     for name, text, reason in (
         ("torn", good[:50], "is not a complete result (JSONDecodeError"),
         ("foreign", '{"a": 1}', "is not a complete result"),
@@ -441,7 +442,7 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path):
         page = report.folder_page(tmp_path)
         (line,) = [line for line in page.splitlines() if line.startswith(f"- `x/{name}.json`: ")]
         assert reason in line and str(tmp_path) not in line
-    assert rows(page, "SmolLM2-135M-Instruct on reviews")["LoRA 3"][0] == "1"
+    assert rows(page, "SmolLM2-135M-Instruct on reviews")["LoRA 3"][0] == "1" and "hidden" not in page
 
 
 def labels(folder):
@@ -450,13 +451,12 @@ def labels(folder):
     return list(runs.groupby("method").seed.nunique().items())
 
 
-@pytest.mark.parametrize("new", [False, True])
-@pytest.mark.parametrize(
-    "name", sorted({*SETTINGS, *OLD, *NEW} - {"STAGE_1", "STAGE_2", "TOKENS_PER_MICROBATCH"})
-)
+DECIDING = [(name, False) for name in SETTINGS | OLD if name not in ("STAGE_1", "STAGE_2")]
+DECIDING += [(name, True) for name in SETTINGS | NEW if name != "TOKENS_PER_MICROBATCH"]
+
+
+@pytest.mark.parametrize("name, new", DECIDING)
 def test_runs_that_differ_in_what_decides_are_not_pooled(tmp_path, name, new):
-    if name not in (NEW if new else OLD) and name not in SETTINGS:
-        pytest.skip("not in this edition")
     write(tmp_path, 3, 3, answers(8, 2), new=new)
     write(tmp_path, 3, 3, answers(6, 4), 7, new=new, **{name: "another"})
     assert len(labels(tmp_path)) == 2
@@ -481,6 +481,19 @@ def test_tags_and_settings_are_in_the_label(tmp_path):
     assert found["HEFT 3 + 3"] == 2 and found["HEFT 3 + 3, reft_layer=5"] == 1
     assert found["HEFT 3 + 3, tag=clip01, code_of_stages=01234567"] == 1
     assert found["HEFT 3 + 3, other_code=stages m"] == 1
+
+
+def test_which_methods_of_a_folder_are_compared(tmp_path):
+    write(tmp_path, 3, 3, answers(9, 1))
+    write(tmp_path, 4, 0, answers(8, 2), LEARNING_RATE_LORA=0.1)
+    assert "| LoRA 4, learning_rate_lora=0.1 | HEFT 3 + 3 | -10.00 |" in report.folder_page(tmp_path)
+    for epochs in (1, 2, 3, 5, 6):
+        write(tmp_path, epochs, 0, answers(6, 4))
+    write(tmp_path, 1, 0, answers(5, 5), name="x", LEARNING_RATE_LORA=0.1)
+    page = report.folder_page(tmp_path)
+    assert "| LoRA 2 | LoRA 1 |" in page and "| LoRA 1, learning_rate_lora=0.1 | LoRA 1 |" in page
+    assert "| LoRA 4, learning_rate_lora=0.1 | LoRA 1, learning_rate_lora=0.1 |" in page
+    assert page.count("learning_rate_lora=0.1") == 2 + 3, "in two rows of methods, and in these comparisons"
 
 
 def test_a_second_run_of_a_seed_is_shown(tmp_path):
