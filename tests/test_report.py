@@ -1,42 +1,77 @@
-"""results/report.py: its numbers by hand and against scipy, and what it does with runs of all kinds."""
+"""results/report.py: its numbers by hand, its sentences on made-up results of every kind, its pages."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from math import sqrt
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import report
 from conftest import ROOT
-from scipy.stats import binomtest
+from scipy.stats import t
 
-import heft_finetuning as heft
-
-SMALL = {"BASE_MODEL": "hub/SmolLM2-135M-Instruct", "DATASET": "data/reviews/", "BASE_VERSION": "b"}
-SMALL |= {"TRAIN_DATA": "t", "VALIDATION_DATA": "v", "STAGE_1": "1", "STAGE_2": "2"}
-CHOSEN = "SEED PUSH_TO_HUB PRIVATE_REPOS HF_USER HF_REPO_LORA HF_REPO_REFIT MERGED_DIR OUTPUT_DIR RESULTS_DIR"
-NOT_DECIDING = {*CHOSEN.split(), "RESULTS_FILE", "STAGE_1", "STAGE_2"}
+# What a made-up result says it was made with
+SETTINGS = {
+    "MAX_TRAIN_SAMPLES": 0,
+    "MAX_EVAL_SAMPLES": 0,
+    "DTYPE": "bfloat16",
+    "LORA_RANK": 8,
+    "LORA_ALPHA": 32,
+}
+SETTINGS |= {"LORA_DROPOUT": 0.05, "LORA_TARGETS": "", "LEARNING_RATE_LORA": 0.004, "REFT_LAYER": 15}
+SETTINGS |= {"REFT_RANK": 4, "LEARNING_RATE_REFT": 0.005, "EXAMPLES_PER_STEP": 32, "MAX_LENGTH": 2048}
+SETTINGS |= {"MAX_NEW_TOKENS": 5, "TOKENS_PER_MICROBATCH": 512}
+MODEL = {"BASE_MODEL": "hub/SmolLM2-135M-Instruct", "DATASET": "data/reviews/"}
+PAPER = {"BASE_MODEL": "meta-llama/Llama-2-7b-chat-hf", "DATASET": "google/boolq"}
+PAPER |= {"LEARNING_RATE_LORA": 2e-4, "LEARNING_RATE_REFT": 2e-4}
+OTHER = {"PUSH_TO_HUB": False, "OUTPUT_DIR": "output", "RESULTS_DIR": "results", "SMOKE": False}
+OLD = {
+    "FORMAT": 2,
+    "BASE_VERSION": "b",
+    "TRAIN_DATA": "t",
+    "VALIDATION_DATA": "v",
+    "STAGE_1": "1",
+    "STAGE_2": "2",
+}
+NEW = {"CODE_OF_STAGES": "c1", "CODE_OF_EVALUATION": "c2", "BASE_MODEL_FILES": "b", "TRAIN_DATA": "t"}
+NEW |= {"VALIDATION_DATA": "v"}
 
 
 def answers(*counts):
     """answers(3, 2): three right, two wrong, and so on."""
-    return [number % 2 == 0 for number, count in enumerate(counts) for _ in range(count)]
+    right = []
+    for number, count in enumerate(counts):
+        right += [number % 2 == 0] * count
+    return right
 
 
-def write(folder, lora, reft, right, seed=42, name=None, truth="Yes", question="q", seconds=60.0, **changes):
-    """Write a run as heft_finetuning.py does; changes in capitals are settings. Returns the result's path."""
-    settings = {key: getattr(heft, key) for key in heft.SETTINGS} | SMALL | {"SMOKE": False, "FORMAT": 2}
-    settings |= {"SEED": seed, "EPOCHS_LORA": lora, "EPOCHS_REFT": reft}
-    settings |= {key: changes.pop(key) for key in list(changes) if key.isupper()}
-    result = {"lora_epochs": lora, "reft_epochs": reft, "settings": settings, "device": "GPU", "versions": {}}
-    result |= {"num_validation_samples": len(right), "correct_predictions": sum(right), "peak_memory_gb": 1.0}
+def write(folder, lora, reft, right, seed=42, name=None, new=False, truth="Yes", question="q", **changes):
+    """Write a run as heft_finetuning.py does, of the newer or an older edition. Changes in capitals are what
+    decides it. Returns the result's path."""
+    capitals = {key: changes.pop(key) for key in list(changes) if key.isupper()}
+    deciding = SETTINGS | {"SEED": seed, "EPOCHS_LORA": lora, "EPOCHS_REFT": reft}
+    seconds = changes.pop("seconds", 60.0)
+    result = {"lora_epochs": lora, "reft_epochs": reft, "num_validation_samples": len(right)}
+    result |= {"correct_predictions": sum(right), "accuracy": f"{100 * sum(right) / len(right):.2f}%"}
     result["seconds"] = {"lora": seconds * lora, "reft": 1.0 * reft, "evaluation": 1.0}
     result["loss"] = {"lora": [1.0] * 2 * lora, "reft": [1.0] * 2 * reft}
+    if new:
+        made_with = deciding | NEW | capitals | {"weights": {"lora": f"w{seed}", "reft": None}}
+        for key in MODEL:
+            made_with.pop(key, None)
+        result["settings"] = deciding | MODEL | OTHER | capitals | {"TAG": capitals.get("TAG", "")}
+        result |= {"made_with": made_with, "device": {"lora": "GPU"}, "peak_memory_gb": {"lora": 1.0}}
+        result |= {"versions": {"lora": {"torch": "2"}}, "tokens_per_microbatch": {"lora": 512}}
+    else:
+        result["settings"] = deciding | MODEL | OTHER | OLD | capitals
+        result |= {"device": "GPU", "peak_memory_gb": 1.0, "versions": {"torch": "1"}}
     path = folder / f"{name or f'lora{lora}-reft{reft}-seed{seed}'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result | changes))
+    path.write_text(json.dumps(result | {"commit": "c", "script_sha256": "s"} | changes))
     with path.with_suffix(".predictions.jsonl").open("w") as file:
         for ok in right:
             said = truth if ok else {"Yes": "No", "No": "Yes"}[truth]
@@ -46,112 +81,352 @@ def write(folder, lora, reft, right, seed=42, name=None, truth="Yes", question="
     return path
 
 
-def report_on(folder):
-    """The page, and the details."""
-    report.write_pages(folder)
-    return (folder / "README.md").read_text(), (folder / "details.md").read_text()
-
-
 def rows(page, title):
-    """The cells of all tables of a section, by their first column."""
+    """The rows of all tables of a section as lists, by their first cell."""
     text = page.split(f"## {title}\n")[1].split("\n## ")[0]
-    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: [cell.strip() for cell in row[1:]] for row in cells}
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            first, *cells = line.strip("| ").split(" | ")
+            found.setdefault(first, [cell.strip() for cell in cells])
+    return found
 
 
-def methods(**seeds):
-    """Methods from lists of right answers, one for each seed; LoRA_20 is LoRA 20, HEFT_3_3 is HEFT 3 + 3."""
-    made = {}
-    for name, all_seeds in seeds.items():
-        label, runs = name.replace("3_3", "3 + 3").replace("_", " "), []
-        for seed, right in enumerate(all_seeds):
-            percent = 100 * sum(right) / len(right)
-            runs.append(SimpleNamespace(seed=seed, right=right, percent=percent, questions="same"))
-        mean = sum(run.percent for run in runs) / len(runs)
-        seconds = {"LoRA 20": 1000, "LoRA 4": 200}.get(label, 180)
-        made[label] = SimpleNamespace(runs=runs, mean=mean, seconds=seconds)
-    return made
+def run(*arguments, cwd=ROOT):
+    """report.py as a user types it."""
+    command = [sys.executable, str(ROOT / "results/report.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
-# Numbers
+@pytest.fixture(autouse=True)
+def no_figure(request, monkeypatch):
+    """Drawing takes seconds: only the tests of the figure draw it."""
+    if "figure" not in request.node.name and "published_page" not in request.node.name:
+        monkeypatch.setattr(report, "figure_1", lambda *rows: None)
 
 
-def test_wilson_by_hand_and_by_scipy():
-    # 8 of 10: (0.8 + z2/20 -+ z sqrt(0.016 + z2/400)) / (1 + z2/10) with z2 = 3.8415
-    assert report.wilson(8, 10) == pytest.approx((49.016, 94.332), abs=1e-3)
-    scipys = binomtest(2785, 3270).proportion_ci(method="wilson")
-    assert report.wilson(2785, 3270) == pytest.approx([100 * end for end in scipys])
+# Statistics
 
 
 @pytest.mark.parametrize("only_a, only_b, p", [(0, 0, 1), (6, 0, 2 / 64), (0, 5, 2 / 32), (8, 2, 112 / 1024)])
 def test_mcnemar_by_hand(only_a, only_b, p):
     """Two-sided binomial test of the questions that changed: 2 (1 + 10 + 45) / 2**10 for 8 and 2."""
-    a, b = answers(only_a, only_b, 20), answers(0, only_a, only_b + 20)
-    found = report.compare(methods(A=[a], B=[b]), "A", "B")
-    assert (found.only_a, found.only_b, found.seeds) == (only_a, only_b, 1)
-    assert found.p == pytest.approx(p) and found.points == pytest.approx(100 * (only_a - only_b) / len(a))
-    assert found.interval is None, "one seed has no spread"
+    assert report.mcnemar(only_a, only_b) == pytest.approx(p)
 
 
-def test_the_interval_over_seeds_by_hand():
-    """Differences of 10, 20, 30 points: 20 -+ 4.303 * 10 / sqrt(3), t with two degrees of freedom."""
-    pair = methods(A=[answers(6, 4), answers(7, 3), answers(8, 2), answers(9)], B=[answers(5, 5)] * 3)
-    found = report.compare(pair, "A", "B")
-    half = 4.302653 * 10 / sqrt(3)
-    assert found.interval == pytest.approx((20 - half, 20 + half), abs=1e-3)
-    assert (found.seeds, found.accuracies) == (3, pytest.approx([70, 50])), "the fourth seed is not paired"
-    assert found.p == pytest.approx(2 / 2**6), "six of thirty answers changed, all one way"
-    assert report.compare(methods(A=[answers(6, 4)] * 3, B=[answers(5, 5)] * 3), "A", "B").interval is None
-    assert report.compare(pair, "A", "C") is None
+def test_wilson_by_hand():
+    # 8 of 10: (0.8 + z2/20 -+ z sqrt(0.016 + z2/400)) / (1 + z2/10) with z2 = 3.8415
+    assert report.wilson(8, 10) == pytest.approx((49.016, 94.332), abs=1e-3)
 
 
-def test_the_papers_totals(tmp_path):
-    page = " ".join(report_on(tmp_path)[0].split())
-    # sqrt(0.8505 * 0.1495 * 3270) = 20.4; 1.96 sqrt(2) times that is 56.5
-    assert "standard error of 0.62 points (20 questions)" in page and "differ by 57 questions" in page
-    assert "HEFT 3 + 3 is 4 questions above LoRA 20, its HEFT 20 + 20 is 14 above" in page
-    assert {key: getattr(heft, key) for key in report.PAPER["settings"]} == report.PAPER["settings"]
+def test_the_interval_of_one_seed_is_bonett_and_prices():
+    """b = (20 + 1) / 102 and c = (8 + 1) / 102: b - c -+ z sqrt((b + c - (b - c)^2) / 102)."""
+    differences = np.array([[1] * 20 + [-1] * 8 + [0] * 72])
+    b, c, n = 21 / 102, 9 / 102, 102
+    half = 1.959964 * sqrt((b + c - (b - c) ** 2) / n)
+    assert report.crossed_interval(differences, [1, -1]) == pytest.approx(
+        (100 * (b - c - half), 100 * (b - c + half))
+    )
 
 
-# The statement: three seeds of ten questions
-LEVEL = [answers(5, 5), answers(6, 4), answers(5, 5)]
-AHEAD = [answers(6, 4), answers(8, 2), answers(8, 2)]  # than LEVEL by 10, 20, 30 points; 20 -+ 24.84
-FAR = [answers(10), answers(9, 1), answers(10)]  # ahead of LEVEL by 50, 30, 50 points; 43.33 -+ 28.68
+def test_the_interval_of_several_seeds_by_hand():
+    """Two seeds, two questions and none made up: values 1 1 / 0 0. The means of the seeds are 1 and 0: t with
+    one degree of freedom, 12.7062, times sqrt(0.5 / 2) is 6.3531. The questions have no variance."""
+    assert report.crossed_interval(np.array([[1.0, 1], [0, 0]]), []) == pytest.approx(
+        (-585.31, 685.31), abs=0.01
+    )
 
 
-SAYS = [
-    (AHEAD, LEVEL, FAR, " HEFT 3 + 3 (73.33 %) takes 18 % of the training time of LoRA 20 (53.33 %), LoRA 4"),
-    (AHEAD, LEVEL, FAR, "4 (96.67 %) takes 20 %. In points (95 % intervals, seeds: 3): HEFT 3 + 3 minus"),
-    (AHEAD, LEVEL, LEVEL, "minus LoRA 20 +20.00 (-4.84 to +44.84), LoRA 4 minus LoRA 20 +0.00 (none), HEFT"),
-    (AHEAD, LEVEL, LEVEL, "HEFT 3 + 3 minus LoRA 4 +20.00 (-4.84 to +44.84). No difference is measurable."),
-    (FAR, LEVEL, AHEAD, "+43.33 (+14.65 to +72.02), LoRA 4"),
-    (FAR, LEVEL, AHEAD, "). Measurable: the first. The"),
-    (LEVEL, FAR, AHEAD, "). Measurable: the first. The"),
-    (FAR, LEVEL, LEVEL, "). Measurable: the first and the third. The"),
-    (FAR, LEVEL[:1], [], "intervals, seeds: 1): HEFT 3 + 3 minus LoRA 20 +50.00 (none). No difference is"),
-    (FAR, LEVEL[:2], LEVEL, "95 % intervals, seeds: 2 to 3)"),
-    (FAR, LEVEL[:2], LEVEL, "HEFT 3 + 3 (95.00 %) takes 18 % of the training time of LoRA 20 (55.00 %)"),
-    (FAR, [], LEVEL, "open whether HEFT 3 + 3 matches LoRA 20. HEFT 3 + 3 (96.67 %) takes 90 % of the train"),
-    ([], [], [], "it is open whether HEFT 3 + 3 matches LoRA 20. The paper's model"),
-]
+def test_equal_differences_have_an_interval():
+    differences = np.array([[1] * 6 + [0] * 94] * 3)
+    low, high = report.crossed_interval(differences, [1, -1])
+    # No more than one seed: (7 - 1) / 102 -+ z sqrt((8/102 - (6/102)^2) / 102)
+    half = 1.959964 * sqrt((8 / 102 - (6 / 102) ** 2) / 102)
+    assert (low, high) == pytest.approx((100 * (6 / 102 - half), 100 * (6 / 102 + half)))
+    low, high = report.crossed_interval(np.zeros((3, 100)), [1, -1])
+    assert low < 0 < high, "no difference at all"
 
 
-@pytest.mark.parametrize("heft_3, lora_20, lora_4, says", SAYS)
-def test_the_statement(heft_3, lora_20, lora_4, says):
-    given = {"HEFT_3_3": heft_3, "LoRA_20": lora_20, "LoRA_4": lora_4}
-    small = methods(**{name: seeds for name, seeds in given.items() if seeds})
-    alone, paper = (report.statement(small, seven) for seven in ({}, methods(HEFT_3_3=FAR, LoRA_20=LEVEL)))
-    assert says in alone and alone.endswith("The paper's model has not been run.")
-    assert paper.startswith("With Llama-2-7b-chat on BoolQ, HEFT 3 + 3 (96.67 %) takes 18 %")
-    assert "not been run" not in paper and "SmolLM2" not in paper
-    assert len(alone.split()) <= 90
+@pytest.mark.parametrize("seeds, spread", [(1, 0.0), (3, 0.02), (12, 0.02)])
+def test_the_interval_covers(seeds, spread):
+    """Made-up experiments: seeds differ by `spread`, and each question favours one of the methods."""
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(400):
+        favour = rng.normal(0, 0.05, 500)
+        chance = 0.05 + np.clip(rng.normal(0, spread, (seeds, 1)) + favour, -0.05, 0.05)
+        draws = rng.random((seeds, 500))
+        differences = (draws < chance).astype(float) - (draws > 0.95)
+        low, high = report.crossed_interval(differences, [1, -1])
+        inside += low <= 0 <= high
+    assert inside >= 0.93 * 400
 
 
-# Runs
+def test_the_papers_differences():
+    # sqrt(0.8517 * 0.1483 / 3270 + 0.8505 * 0.1495 / 3270) = 0.880 points
+    assert report.papers_difference("HEFT 3 + 3", "LoRA 20") == pytest.approx((0.12, -1.606, 1.846), abs=0.01)
+    assert report.papers_difference("HEFT 3 + 3", "LoRA 4") is None
 
 
-def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path, capsys):
+def test_a_stored_comparison_by_other_means():
+    """HEFT 3 + 3 minus LoReFT 20 on the published page, from the predictions alone."""
+    folder, editions = ROOT / "results/smollm2", {}
+    for file in folder.glob("*on_reviews*.json"):
+        result = json.loads(file.read_text())
+        settings = result["settings"]
+        method = result["lora_epochs"], result["reft_epochs"]
+        if (settings["REFT_LAYER"], settings["REFT_RANK"]) == (15, 4) and method in ((3, 3), (0, 20)):
+            right = []
+            for line in file.with_suffix(".predictions.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                right.append(int(row["answer"] == row["prediction"]))
+            edition = "pooled" if (folder / "pool.json").exists() else settings.get("FORMAT", "newer")
+            editions.setdefault(edition, {}).setdefault(settings["SEED"], {})[method] = np.array(right)
+    differences = []
+    for seeds in editions.values():
+        differences.append([found[3, 3] - found[0, 20] for found in seeds.values() if len(found) == 2])
+    difference = np.array(max(differences, key=len))
+    page = (ROOT / "results/README.md").read_text()
+    cells = rows(page, "SmolLM2-135M-Instruct on review snippets")
+    cells = cells["Is HEFT better than LoReFT of about the same time?"]
+    assert cells[2] == f"{100 * difference.mean():+.2f}"
+    assert cells[5:8] == [str(len(difference)), str((difference == 1).sum()), str((difference == -1).sum())]
+
+    n, q = difference.shape[0], difference.shape[1] + 2  # two made-up questions
+    padded = np.hstack([difference, np.ones((n, 1)), -np.ones((n, 1))])
+    residual = padded - padded.mean(1)[:, None] - padded.mean(0)[None] + padded.mean()
+    noise = (residual**2).sum() / ((n - 1) * (q - 1)) / (n * q)
+    of_seeds = t.ppf(0.975, n - 1) ** 2 * padded.mean(1).var(ddof=1) / n
+    of_questions = 1.959964**2 * (padded.mean(0).var() / q)
+    half = sqrt(max(of_questions, of_seeds + of_questions - 1.959964**2 * noise))
+    low, high = 100 * (padded.mean() - half), 100 * (padded.mean() + half)
+    assert cells[3] == f"{low:+.2f} to {high:+.2f}"
+
+
+# Sentences, on made-up results
+
+
+def published(tmp_path):
+    """The page of the runs in tmp_path/smollm2 and tmp_path/llama2."""
+    report.publish(tmp_path)
+    return (tmp_path / "README.md").read_text()
+
+
+def finding(tmp_path):
+    """The first paragraphs, up to the table."""
+    return published(tmp_path).split("# Results\n")[1].split("\n| ")[0].strip()
+
+
+def small(folder, lora, reft, accuracies, **changes):
+    """Runs of the small model with these accuracies in percent, of 1,000 questions."""
+    for seed, accuracy in enumerate(accuracies):
+        write(folder / "smollm2", lora, reft, answers(10 * accuracy, 1000 - 10 * accuracy), seed, **changes)
+
+
+def seven(folder, lora, reft, accuracy, seed=42, **changes):
+    correct = round(32.7 * accuracy)
+    write(folder / "llama2", lora, reft, answers(correct, 3270 - correct), seed, new=True, **PAPER | changes)
+
+
+def test_one_seed_far_apart(tmp_path):
+    small(tmp_path, 3, 3, [90])
+    small(tmp_path, 4, 0, [81])
+    small(tmp_path, 20, 0, [81])
+    small(tmp_path, 0, 20, [99])
+    text = finding(tmp_path)
+    assert "HEFT 3 + 3 is better than LoRA 4: +9.00 (one seed, exact test p < 0.0001)." in text
+    assert (
+        "HEFT 3 + 3 exceeds LoRA 20, as in the paper: +9.00 (one seed, exact test p < 0.0001; paper +0.12)."
+        in text
+    )
+    assert "HEFT 3 + 3 falls below LoReFT 20, unlike in the paper: -9.00 (one seed" in text
+    assert "LoRA 4 minus LoReFT 20 is -18.00" in text
+    assert "seeds" not in text and text.endswith("The paper's model has not been run.")
+
+
+def test_one_seed_equal(tmp_path):
+    small(tmp_path, 3, 3, [90])
+    small(tmp_path, 4, 0, [90])
+    text = finding(tmp_path)
+    assert "No difference between HEFT 3 + 3 and LoRA 4 is shown: +0.00 (one seed, exact test p = 1)." in text
+    assert "LoRA 20" not in text and "LoReFT" not in text
+
+
+def test_three_seeds_with_equal_differences(tmp_path):
+    small(tmp_path, 3, 3, [90, 88, 92])
+    small(tmp_path, 4, 0, [81, 79, 83])
+    text = finding(tmp_path)
+    found = re.search(r"HEFT 3 \+ 3 is better than LoRA 4: \+9.00 \(\+(\d+\.\d+) to \+(\d+\.\d+)\)\.", text)
+    assert float(found[1]) < 8 and float(found[2]) > 10
+    assert "95 % intervals, 3 seeds" in text
+
+
+def test_three_seeds_that_disagree(tmp_path):
+    small(tmp_path, 3, 3, [90, 80, 90])
+    small(tmp_path, 20, 0, [80, 82, 80])
+    text = finding(tmp_path)
+    assert "HEFT 3 + 3 is not shown to exceed LoRA 20: +6.00 (-" in text
+
+
+def test_twelve_seeds_and_three(tmp_path):
+    small(tmp_path, 3, 3, [90] * 6 + [91] * 6)
+    small(tmp_path, 4, 0, [91] * 6 + [92] * 6)
+    small(tmp_path, 0, 20, [80] * 3)
+    text = finding(tmp_path)
+    assert "HEFT 3 + 3 is worse than LoRA 4: -1.00 (-" in text and ", 12 seeds)" in text
+    assert (
+        "HEFT 3 + 3 exceeds LoReFT 20, as in the paper: +10.00" in text
+        and "; paper +1.81)" in text
+        and "intervals, 3 seeds): " in text
+    )
+    small(tmp_path, 20, 0, [88] * 3)
+    assert len(finding(tmp_path).split()) <= 90
+
+
+def test_heft_of_the_papers_model_alone(tmp_path):
+    seven(tmp_path, 3, 3, 85)
+    small(tmp_path, 3, 3, [90])
+    text = finding(tmp_path)
+    assert text.startswith(
+        "Llama-2-7b-chat was run for HEFT 3 + 3 only, so none of the paper's claims is tested."
+    )
+    assert "not been run" not in text
+    page = published(tmp_path)
+    assert rows(page, "Llama-2-7b-chat on BoolQ")["HEFT 3 + 3"][1].startswith("85.02 (")
+    assert "| HEFT 3 + 3 | 85.17 | 1:23 | 85.02 (83.8 to 86.2) | 0:03 | 90.00 (" in page
+
+
+def test_two_rows_of_the_papers_model(tmp_path):
+    seven(tmp_path, 3, 3, 85)
+    seven(tmp_path, 20, 0, 86)
+    text = finding(tmp_path)
+    assert text.startswith("With Llama-2-7b-chat on BoolQ (points): HEFT 3 + 3 falls below LoRA 20, unlike")
+    assert "SmolLM2" not in text and "not been run" not in text and "LoRA 4" not in text
+
+
+def test_all_rows_of_the_papers_model_with_lora_4(tmp_path):
+    for lora, reft, accuracy in ((3, 3, 85), (20, 0, 85), (0, 20, 83), (20, 20, 86), (4, 0, 84)):
+        seven(tmp_path, lora, reft, accuracy)
+    small(tmp_path, 3, 3, [90])
+    small(tmp_path, 4, 0, [90])
+    first, second = finding(tmp_path).split("\n\n")
+    assert first.startswith("With Llama-2-7b-chat on BoolQ") and second.startswith("With SmolLM2")
+    assert (
+        "HEFT 3 + 3 is better than LoRA 4: +1.01" in first and "HEFT 3 + 3 exceeds LoReFT 20, as in" in first
+    )
+    assert (
+        "HEFT 3 + 3 is not shown to exceed LoRA 20: +0.00 (one seed, exact test p = 1; paper +0.12)." in first
+    )
+    assert "| LoRA 4 | not in the paper | 1:22, computed | 84.01 (" in published(tmp_path)
+
+
+def test_the_papers_model_with_other_settings_is_not_the_papers_experiment(tmp_path):
+    seven(tmp_path, 3, 3, 85, LORA_RANK=4)
+    seven(tmp_path, 20, 0, 85, TAG="clip01")
+    write(tmp_path / "llama2", 20, 20, answers(290, 10), new=True, **PAPER)
+    assert finding(tmp_path) == "The paper's model was run with other settings only."
+    assert "lora_rank=4" in (tmp_path / "details.md").read_text()
+
+
+def test_lora_20_with_a_rate_of_its_own(tmp_path):
+    for rate, accuracy in ((0.001, 80), (0.0005, 70), (0.004, 60)):
+        trial = {"DATASET": "reviews_tuning", "LEARNING_RATE_LORA": rate, "name": f"tuning/{rate}"}
+        small(tmp_path, 20, 0, [accuracy], new=True, **trial)
+    small(tmp_path, 20, 0, [85])
+    small(tmp_path, 3, 3, [90])
+    page = published(tmp_path)
+    assert "| LoRA 20 | 85.05 | 6:52 | 85.00" in page
+    assert "LoRA 20 uses 0.004: the best of its trials with 20 epochs was 0.001." in page
+    small(tmp_path, 20, 0, [95], new=True, LEARNING_RATE_LORA=0.001, name="own")
+    page = published(tmp_path)
+    assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page and "| LoRA 20 at 0.004 |  |  | 85.00" in page
+    assert (
+        "falls below LoRA 20, unlike in the paper: -5.00 (one seed, exact test p < 0.0001, by different"
+        in page
+    )
+    assert "LoRA 20 uses 0.001: the best of its trials with 20 epochs was 0.001." in page
+    assert rows(page, "Learning rates")["LoRA 20"][-1] == "0.001: 80.00; 0.0005: 70.00; 0.004: 60.00"
+    compared = page.split("### Comparisons")[1].split("\n## ")[0]
+    assert compared.count("Does HEFT 3 + 3 exceed LoRA 20?") == 2
+
+
+def test_a_repeated_run_is_compared_and_not_pooled(tmp_path):
+    small(tmp_path, 3, 3, [90])
+    assert "## A stored run repeated" not in published(tmp_path)
+    small(tmp_path, 3, 3, [89], new=True, name="repeated/x")
+    page = published(tmp_path)
+    row = rows(page, "A stored run repeated")["HEFT 3 + 3, seed 0"]
+    assert row == ["90.00", "89.00", "990 of 1,000", "other", "1", "2"]
+    assert rows(page, "SmolLM2-135M-Instruct on review snippets")["HEFT 3 + 3"][0] == "1"
+
+
+def test_editions_are_pooled_on_request_only(tmp_path):
+    small(tmp_path, 3, 3, [90])
+    small(tmp_path, 3, 0, [90])
+    write(tmp_path / "smollm2", 3, 3, answers(920, 80), 7, new=True)
+    section = "SmolLM2-135M-Instruct on review snippets"
+    found = rows(published(tmp_path), section)
+    assert (found["HEFT 3 + 3"][0], found["HEFT 3 + 3, newer edition"][0]) == ("1", "1")
+    small(tmp_path, 3, 3, [89], new=True, name="repeated/x")
+    (tmp_path / "smollm2/pool.json").write_text('{"why": "All predictions are equal."}')
+    page = published(tmp_path)
+    assert rows(page, section)["HEFT 3 + 3"][0] == "2" and "All predictions are equal." in page
+    assert rows(page, "A stored run repeated")["HEFT 3 + 3, seed 0"][3] == "other"
+
+
+# Folders
+
+
+def test_a_folder_is_printed_and_nothing_else(tmp_path):
+    write(tmp_path, 5, 2, answers(9, 1), new=True, DATASET="mine")
+    write(tmp_path / "below", 1, 0, answers(6, 4), new=True, DATASET="mine")
+    shown = run(tmp_path)
+    assert shown.returncode == 0 and not shown.stderr
+    page = shown.stdout
+    assert page.startswith(
+        f"# Results in {tmp_path}\n\n## SmolLM2-135M-Instruct on mine\n\n| method | seeds |"
+    )
+    found = rows(page, "SmolLM2-135M-Instruct on mine")
+    assert found["LoRA 1"][1] == "60.00 (31.3 to 83.2)" and "computed" not in page
+    assert (
+        "| HEFT 5 + 2 | LoRA 1 | +30.00 | -8.67 to +58.67 | 1 | 3 | 0 | 0.25 | not shown to differ |" in page
+    )
+    for text in ("paper", "Skipped", "? %", "Not run", "Llama"):
+        assert text not in page
+    assert len(list(tmp_path.glob("*"))) == 3, "nothing is written"
+
+
+def test_an_empty_folder(tmp_path):
+    assert run(tmp_path).stdout == f"# Results in {tmp_path}\n\nNo results.\n"
+
+
+def test_no_page_of_others_is_overwritten(tmp_path):
+    write(tmp_path, 3, 0, answers(6, 4))
+    page = tmp_path / "report.md"
+    for _ in range(2):  # its own it writes again
+        assert run(tmp_path, "--write").returncode == 0
+        assert page.read_text().startswith(report.MARKER)
+    page.write_text("mine\n")
+    refused = run(tmp_path, "--write")
+    assert (refused.returncode, page.read_text()) == (2, "mine\n")
+    assert refused.stderr.startswith("report.py: error: ") and refused.stderr.count("\n") == 1
+    (tmp_path / "README.md").write_text("mine\n")
+    with pytest.raises(ValueError, match="not written by this program"):
+        report.publish(tmp_path)
+
+
+def test_a_reader_who_leaves(tmp_path):
+    write(tmp_path, 3, 0, answers(6, 4))
+    read, end = os.pipe()
+    os.close(read)
+    command = [sys.executable, report.__file__, str(tmp_path)]
+    done = subprocess.run(command, stdout=end, stderr=subprocess.PIPE, text=True)
+    os.close(end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path):
     good = write(tmp_path, 3, 0, answers(1, 1)).read_text()
+    write(tmp_path / ".hidden", 3, 3, answers(1, 1)).write_text("{")
     for name, text, reason in (
         ("torn", good[:50], "is not a complete result (JSONDecodeError"),
         ("foreign", '{"a": 1}', "is not a complete result"),
@@ -164,205 +439,216 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path, capsys):
         path.write_text(text)
         if name == "alone":
             path.with_suffix(".predictions.jsonl").unlink()
-        page, _ = report_on(tmp_path)
-        lines = page.split("## Skipped files")[1].splitlines()
-        lines = [line for line in lines if f"`x/{name}.json`" in line]
-        assert len(lines) == 1 and reason in lines[0] and str(tmp_path) not in page
-        assert lines[0].removeprefix("- ") in capsys.readouterr().out
-    assert rows(page, "Methods")["LoRA 3"][:2] == ["1", "50.00"]
+        page = report.folder_page(tmp_path)
+        (line,) = [line for line in page.splitlines() if line.startswith(f"- `x/{name}.json`: ")]
+        assert reason in line and str(tmp_path) not in line
+    assert rows(page, "SmolLM2-135M-Instruct on reviews")["LoRA 3"][0] == "1" and "hidden" not in page
 
 
-DECIDING = [name for name in heft.SETTINGS if name not in NOT_DECIDING | {"EPOCHS_LORA", "EPOCHS_REFT"}]
-DECIDING += ["FORMAT", "BASE_VERSION", "TRAIN_DATA", "VALIDATION_DATA"]
+def labels(folder):
+    runs, skipped = report.read_folder(folder)
+    assert not skipped
+    return list(runs.groupby("method").seed.nunique().items())
 
 
-def pooled(folder, **changes):
-    """Whether a run with these changes is put together with one of another seed."""
-    write(folder, 3, 3, answers(8, 2))
-    write(folder, 3, 3, answers(6, 4), 7, **changes)
-    runs, skipped = report.read_runs(folder)
-    assert len(runs) == 2 and not skipped
-    return [len(method.runs) for method in report.methods_of(runs).values()] == [2]
+DECIDING = [(name, False) for name in SETTINGS | OLD if name not in ("STAGE_1", "STAGE_2")]
+DECIDING += [(name, True) for name in SETTINGS | NEW if name != "TOKENS_PER_MICROBATCH"]
 
 
-@pytest.mark.parametrize("name", DECIDING)
-def test_runs_that_differ_in_a_deciding_setting_are_not_pooled(tmp_path, name):
-    assert not pooled(tmp_path, **{name: "another"})
+@pytest.mark.parametrize("name, new", DECIDING)
+def test_runs_that_differ_in_what_decides_are_not_pooled(tmp_path, name, new):
+    write(tmp_path, 3, 3, answers(8, 2), new=new)
+    write(tmp_path, 3, 3, answers(6, 4), 7, new=new, **{name: "another"})
+    assert len(labels(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("name", sorted(NOT_DECIDING - {"SEED"}))
-def test_runs_that_differ_in_no_deciding_setting_are_pooled(tmp_path, name):
-    assert pooled(tmp_path, **{name: "another"}, question=False)
+def test_runs_that_differ_in_seed_weights_and_folders_are_pooled(tmp_path):
+    write(tmp_path, 3, 3, answers(8, 2), new=True)
+    write(tmp_path, 3, 3, answers(6, 4), 7, new=True)
+    assert labels(tmp_path) == [("HEFT 3 + 3", 2)]
+    write(tmp_path, 3, 0, answers(8, 2), 1, DATASET="a/reviews")
+    write(tmp_path, 3, 0, answers(6, 4), 7, OUTPUT_DIR="o", STAGE_1="x", REFT_LAYER=3)
+    assert labels(tmp_path)[1] == ("LoRA 3, older edition", 2)
 
 
-def test_the_settings_of_an_absent_stage_and_folders_do_not_matter(tmp_path):
-    write(tmp_path, 3, 0, answers(8, 2), REFT_LAYER=3)
-    write(tmp_path, 3, 0, answers(6, 4), 7, BASE_MODEL="SmolLM2-135M-Instruct/", DATASET="other/reviews")
-    row = rows(report_on(tmp_path)[0], "Methods")["LoRA 3"]
-    # 80 and 60 %: mean 70, standard deviation sqrt(200); 180 s in both runs
-    assert row == ["2", "70.00", "14.14", "60.00 (7), 80.00 (42)", "70.0 / 0.0", "180"]
+def test_tags_and_settings_are_in_the_label(tmp_path):
+    write(tmp_path, 3, 3, answers(8, 2), 1, new=True)
+    write(tmp_path, 3, 3, answers(8, 2), 2, new=True)
+    write(tmp_path, 3, 3, answers(8, 2), 1, new=True, TAG="clip01", CODE_OF_STAGES="0123456789", name="tag")
+    write(tmp_path, 3, 3, answers(8, 2), 1, new=True, name="other", other_code="stages made by other code")
+    write(tmp_path, 3, 3, answers(8, 2), 1, new=True, name="layer", REFT_LAYER=5)
+    found = dict(labels(tmp_path))
+    assert found["HEFT 3 + 3"] == 2 and found["HEFT 3 + 3, reft_layer=5"] == 1
+    assert found["HEFT 3 + 3, tag=clip01, code_of_stages=01234567"] == 1
+    assert found["HEFT 3 + 3, other_code=stages m"] == 1
 
 
-def test_format_3_has_one_value_for_each_part_of_a_run(tmp_path):
-    for seed, reft, tokens in ((1, 3, 512), (2, 3, 512), (3, 3, 1024), (1, 0, 512)):
-        parts = {"lora": tokens, "evaluation": 512} | ({"reft": 512} if reft else {})
-        changes = {key: dict.fromkeys(parts, 1.0) for key in ("device", "peak_memory_gb", "versions")}
-        changes |= {"FORMAT": 3, "TOKENS_PER_MICROBATCH": 512, "tokens_per_microbatch": parts}
-        write(tmp_path, 3, reft, answers(9, 1), seed, **changes)
-    page, details = report_on(tmp_path)
-    seeds = {label: row[0] for label, row in rows(page, "Methods").items()}
-    assert (seeds["HEFT 3 + 3"], seeds["LoRA 3"], len(seeds)) == ("2", "1", 4)
-    assert rows(details, report.REVIEWS)["HEFT 3 + 3, tokens_lora=1024"][0] == "1"
+def test_which_methods_of_a_folder_are_compared(tmp_path):
+    write(tmp_path, 3, 3, answers(9, 1))
+    write(tmp_path, 4, 0, answers(8, 2), LEARNING_RATE_LORA=0.1)
+    assert "| LoRA 4, learning_rate_lora=0.1 | HEFT 3 + 3 | -10.00 |" in report.folder_page(tmp_path)
+    for epochs in (1, 2, 3, 5, 6):
+        write(tmp_path, epochs, 0, answers(6, 4))
+    write(tmp_path, 1, 0, answers(5, 5), name="x", LEARNING_RATE_LORA=0.1)
+    page = report.folder_page(tmp_path)
+    assert "| LoRA 2 | LoRA 1 |" in page and "| LoRA 1, learning_rate_lora=0.1 | LoRA 1 |" in page
+    assert "| LoRA 4, learning_rate_lora=0.1 | LoRA 1, learning_rate_lora=0.1 |" in page
+    assert page.count("learning_rate_lora=0.1") == 2 + 3, "in two rows of methods, and in these comparisons"
 
 
-def test_a_repeated_run_counts_once(tmp_path):
-    write(tmp_path, 3, 0, answers(8, 2), name="lora3-reft0")
-    write(tmp_path, 3, 0, answers(6, 4), name="lora3-reft0-again")
-    assert rows(report_on(tmp_path)[0], "Methods")["LoRA 3"][:2] == ["1", "80.00"]
+def test_a_second_run_of_a_seed_is_shown(tmp_path):
+    write(tmp_path, 3, 0, answers(8, 2), name="a")
+    write(tmp_path, 3, 0, answers(6, 4), name="b")
+    row = rows(report.folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")["LoRA 3"]
+    assert row[0] == "1" and row[2] == "80.00 (42), 60.00 (42, run 2, not counted)"
 
 
 def test_only_the_same_questions_are_compared(tmp_path):
     write(tmp_path, 3, 3, answers(9, 1), question=None)
     write(tmp_path, 3, 0, answers(3, 7))
     write(tmp_path, 0, 3, answers(3, 7), truth="No")
-    write(tmp_path, 0, 0, answers(0, 10), MAX_TRAIN_SAMPLES=5, TRAIN_DATA="none")
-    page, details = report_on(tmp_path)
-    compared = rows(page, "Comparisons")
-    first = "Does LoReFT improve on LoRA 3?"
-    assert compared[first] == ["HEFT 3 + 3", "LoRA 3", "+60.00", "none", "1", "6", "0", "0.031"]
-    assert list(compared)[2:] == [first] and "base model" not in rows(page, "Methods")
-    assert rows(details, report.REVIEWS)["base model"][1] == "0.00"
+    write(tmp_path, 20, 0, answers(3, 7), VALIDATION_DATA="another")
+    page = report.folder_page(tmp_path)
+    assert "| HEFT 3 + 3 | LoRA 3 | +60.00 |" in page and page.count("+60.00") == 1
 
 
-def test_other_settings_go_to_the_details(tmp_path):
-    for seed in (1, 2):
-        write(tmp_path, 3, 3, answers(8, 2), seed)
-    write(tmp_path, 3, 3, answers(2, 8), 1, name="layer", REFT_LAYER=5)
-    page, details = report_on(tmp_path)
-    assert rows(page, "Methods")["HEFT 3 + 3"][0] == "2" and "reft_layer" not in page
-    assert rows(details, report.REVIEWS)["HEFT 3 + 3, reft_layer=5"][1] == "20.00"
-    assert "| HEFT 3 + 3, reft_layer=5 | HEFT 3 + 3 | -60.00 | none | 1 | 0 | 6 | 0.031 |" in details
-
-
-def test_any_two_runs_of_a_folder_are_compared(tmp_path):
-    write(tmp_path, 5, 2, answers(9, 1), DATASET="mine")
-    write(tmp_path, 1, 0, answers(6, 4), DATASET="mine")
-    _, details = report_on(tmp_path)
-    assert "| Do they differ? | HEFT 5 + 2 | LoRA 1 | +30.00 | none | 1 | 3 | 0 | 0.25 |" in details
-
-
-def test_smoke_runs_are_kept_apart(tmp_path):
+def test_smoke_runs_and_published_runs_are_kept_apart(tmp_path, monkeypatch):
     write(tmp_path, 3, 3, answers(8, 2), SMOKE=True)
     write(tmp_path / "smoke", 3, 0, answers(6, 4))
-    page, details = report_on(tmp_path)
-    assert "80.00" not in page and "60.00" not in page
-    smoke = rows(details, "smoke runs")
-    assert {"60.00", "80.00"} <= {row[1] for row in smoke.values()}
+    write(tmp_path / "smollm2", 3, 0, answers(6, 4), 7)
+    write(tmp_path, 3, 0, answers(6, 4), 8)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    runs, _ = report.read_folder(tmp_path)
+    found = runs.groupby("section").size().to_dict()
+    model = "SmolLM2-135M-Instruct on reviews"
+    assert found == {f"{model} (smoke)": 2, f"smollm2: {model}": 1, model: 1}
 
 
-def test_7b_is_the_papers_model_and_experiment_only(tmp_path):
-    paper, right = {"BASE_MODEL": heft.BASE_MODEL, "DATASET": heft.DATASET}, answers(3000, 270)
-    write(tmp_path, 20, 0, right)
-    write(tmp_path, 0, 20, right, **paper | {"BASE_MODEL": "x/Llama-2-13b-chat-hf"})
-    write(tmp_path, 20, 20, answers(290, 10), **paper)
-    write(tmp_path, 3, 3, right, name="other", **paper, LORA_RANK=4)
-    table = rows(report_on(tmp_path)[0], "Table 1")
-    assert [table[label][1] for label in report.ROWS] == [""] * 4
-    for seed, right in ((42, 2700), (7, 2750)):
-        write(tmp_path, 3, 3, answers(right, 3270 - right), seed, seconds=1000, **paper)
-    # 82.57 and 84.10 % of 3,270; 3003 s are 50 minutes
-    write(tmp_path, 3, 0, answers(2700, 570), **paper)
-    page, details = report_on(tmp_path)
-    assert "| HEFT 3 + 3 | LoRA 3 | +0.00 | none | 1 | 0 | 0 | 1 |" in details.split("## Llama-2-7b")[1]
-    table = rows(page, "Table 1")
-    assert table["HEFT 3 + 3"][:2] == ["85.17 %, 1:23", "83.33 % (Yes 83 %), 0:50"]
-    assert [table[label][1] for label in report.ROWS].count("") == 3
-
-
-def test_table_1_says_what_is_missing(tmp_path):
-    for seed in (1, 2, 3):
-        write(tmp_path, 3, 3, answers(9, 1), seed, truth="No")
-    write(tmp_path, 20, 0, answers(8, 2), 1)
-    laptop = {label: cells[2] for label, cells in rows(report_on(tmp_path)[0], "Table 1").items()}
-    assert laptop["HEFT 3 + 3"] == "90.00 % (Yes 10 %), 0:03"
-    assert laptop["LoRA 20"] == "80.00 % (Yes 80 %), 0:20; seeds missing: 2"
-    assert laptop["LoReFT 20"] == laptop["HEFT 20 + 20"] == "not run yet; seeds missing: 3"
-
-
-def test_a_timing_run_gives_the_seconds_per_step(tmp_path):
-    """60 s and 1 s for two steps each; it is no method. Runs of other data keep their own, of the fastest."""
+def test_a_timing_run_gives_the_computed_times(tmp_path):
+    """60 s and 1 s for two steps each. Other layers have another pace."""
     write(tmp_path, 3, 3, answers(8, 2), seconds=999)
     write(tmp_path / "timing", 1, 1, answers(2, 1))
-    for seed, seconds in ((1, 999), (2, 500)):
-        write(tmp_path, 3, 0, answers(8, 2), seed, seconds=seconds, DATASET="boolq")
     write(tmp_path, 3, 3, answers(8, 2), name="other", seconds=332, REFT_LAYER=5)
-    page, details = report_on(tmp_path)
-    assert rows(page, "Methods")["HEFT 3 + 3"][-1] == "183" and rows(page, "BoolQ")["LoRA 3"][-1] == "1500"
-    assert "HEFT 1 + 1" not in page
-    assert rows(details, report.REVIEWS)["HEFT 3 + 3, reft_layer=5"][-1] == "999", (
-        "another layer, another pace"
+    found = rows(report.folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")
+    assert found["HEFT 3 + 3"][-2:] == ["3.0", "50"] and found["HEFT 3 + 3, reft_layer=5"][-2:] == ["", "17"]
+
+
+# Two files
+
+
+def test_two_results(tmp_path):
+    a = write(tmp_path, 3, 3, answers(95, 5), new=True)
+    b = write(tmp_path, 4, 0, answers(80, 20), 7, new=True, commit="d", CODE_OF_STAGES="other")
+    shown = run(a, b)
+    assert shown.returncode == 0 and not shown.stderr
+    for text in (
+        "HEFT 3 + 3, seed 42",
+        "accuracy 95.00 % (95 % interval 88.82 to 97.85), 95 of 100 correct",
+        "A minus B: +15.00 points (95 % interval +7.",
+        "only A correct: 15, only B correct: 0; exact McNemar test: p < 0.0001",
+        "settings that differ: EPOCHS_LORA 3 and 4, EPOCHS_REFT 3 and 0, SEED 42 and 7\n",
+        "code: differs in CODE_OF_STAGES (commits c and d)\n",
+    ):
+        assert text in shown.stdout
+    assert shown.stdout.endswith(
+        "\nA is better than B: +15.00 (one seed, exact test p < 0.0001, by different code).\n"
     )
 
 
-def test_trials_of_learning_rates_stand_apart(tmp_path):
-    for rate, right in ((0.01, 7), (0.005, 9), (0.002, 8)):
-        changes = {"DATASET": "set_aside", "LEARNING_RATE_REFT": rate}
-        write(tmp_path / "tuning", 0, 3, answers(right, 10 - right), 5, str(rate), **changes)
-    page, details = report_on(tmp_path)
-    tried = "0.005: 90.00 (Yes 90 %); 0.002: 80.00 (Yes 80 %); 0.01: 70.00 (Yes 70 %)"
-    trials = rows(page, "Learning rates")["LoReFT 3"]
-    assert trials == ["SmolLM2-135M-Instruct on set_aside", "5", "10", tried]
-    assert page.count("LoReFT 3 |") == 1 and "set_aside" not in details
+def test_what_two_results_say_of_code_and_tags(tmp_path):
+    a = write(tmp_path, 3, 3, answers(8, 2), new=True)
+    for changes, says in (
+        ({}, "settings that differ: none\ncode: the same\n"),
+        ({"TAG": "clip01"}, "settings that differ: TAG none and clip01\n"),
+        (
+            {"script_sha256": "other"},
+            "code: the same where it decides results; the rest of the script differs\n",
+        ),
+        ({"other_code": "accepted"}, "code: differs in OTHER_CODE (commits c and c)\n"),
+        ({"new": False}, "code: differs, one is of an older edition (commits c and c)\n"),
+    ):
+        b = write(tmp_path, 3, 3, answers(8, 2), name="b", **{"new": True} | changes)
+        assert says in run(a, b).stdout
 
 
-def test_what_always_yes_scores_on_boolq(tmp_path):
-    write(tmp_path, 3, 3, answers(7, 3), DATASET="boolq")
-    page = report_on(tmp_path)[0]
-    assert "Always answering Yes scores 100.00 %." in page
-    assert rows(page, "BoolQ")["HEFT 3 + 3"][4] == "70.0 / 0.0"
+def test_two_results_that_cannot_be_compared(tmp_path):
+    a = write(tmp_path, 3, 3, answers(8, 2))
+    shorter = write(tmp_path, 3, 3, answers(8, 1), name="shorter")
+    others = write(tmp_path, 3, 3, answers(8, 2), name="others", question="r")
+    alone = write(tmp_path, 3, 3, answers(8, 2), name="alone")
+    alone.with_suffix(".predictions.jsonl").unlink()
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text("[]")
+    for given, reason in (
+        ([a, a], "twice"),
+        ([a, shorter], "one has 10 questions, the other 9"),
+        ([a, others], "the questions are not the same"),
+        ([a, alone], "no predictions beside it"),
+        ([a, foreign], "not a complete result"),
+        ([a, tmp_path / "none.json"], "does not exist"),
+        ([a], "give two results, or one folder"),
+        ([a, a, a], "give two results, or one folder"),
+        ([tmp_path, "--publish"], "--publish goes alone"),
+    ):
+        refused = run(*given)
+        assert refused.returncode == 2 and not refused.stdout
+        assert refused.stderr.startswith("report.py: error: ") and reason in refused.stderr
+        assert refused.stderr.count("\n") == 1
 
 
-def test_what_holds_for_the_stored_runs_only_is_not_said_of_others(tmp_path):
-    write(tmp_path, 3, 3, answers(7, 3))
-    others = report_on(tmp_path)[0]
-    (tmp_path / "template.md").touch()
-    own = report_on(tmp_path)[0]
-    for text in ("rounded to 4 bits", "(640 to train on", "no method is shown", "# How to reproduce"):
-        assert text in own and text not in others
-    assert "<!--" not in own + others and "\n## BoolQ\n" in others
+def test_help_is_the_docstring():
+    shown = run("--help")
+    assert shown.returncode == 0 and report.__doc__.strip() in shown.stdout
 
 
-# The files
+# The published page
+
+
+def test_the_papers_totals(tmp_path):
+    page = " ".join(published(tmp_path).split())
+    # sqrt(0.8505 * 0.1495 * 3270) = 20.4; 1.96 sqrt(2) times that is 56.5
+    assert "standard error of 0.62 points (20 questions)" in page and "differ by 57 questions" in page
+    assert "HEFT 3 + 3 is 4 questions above LoRA 20, and HEFT 20 + 20 is 14 above" in page
+
+
+def test_sections_without_data_are_left_out(tmp_path):
+    page = published(tmp_path)
+    for heading in (
+        "Llama-2-7b-chat on BoolQ",
+        "Learning rates",
+        "BoolQ",
+        "A stored run repeated",
+        "Skipped",
+    ):
+        assert f"## {heading}\n" not in page
+    assert "{{" not in page and "memorized" not in page
+    assert finding(tmp_path) == "The paper's model has not been run."
+
+
+def test_always_yes(tmp_path):
+    small(tmp_path, 3, 3, [70], DATASET="boolq")
+    page = " ".join(published(tmp_path).split())
+    assert "Always answering Yes scores 100.00 %." in page and "no method is shown to beat that" in page
 
 
 def test_the_figure_shows_the_runs(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(report, "mark", lambda axes, label, *numbers: shown.append((label, *numbers)))
-    for seed, right in ((1, 8), (2, 6)):
-        write(tmp_path, 3, 3, answers(right, 10 - right), seed)
-        write(tmp_path, 4, 0, answers(right, 10 - right), seed)
-    report.write_report(tmp_path)
-    assert [label for label, *_ in shown[:4]] == list(report.ROWS) and shown[2][1:] == (83 / 60, 85.17)
-    assert shown[4:] == [("LoRA 4", 4.0, 70.0, [80.0, 60.0]), ("HEFT 3 + 3", 183 / 60, 70.0, [80.0, 60.0])]
+    monkeypatch.setattr(report, "mark", lambda axes, kind, *numbers: shown.append((kind, *numbers[:2])))
+    small(tmp_path, 3, 3, [80, 60])
+    small(tmp_path, 4, 0, [80, 60])
+    write(tmp_path / "smollm2/timing", 1, 1, answers(2, 1))
+    seven(tmp_path, 3, 3, 85)
+    published(tmp_path)
+    assert [kind for kind, *_ in shown[:4]] == list(report.PAPER_ROWS) and shown[2][1:] == (83, 85.17)
+    assert shown[4][:2] == ("HEFT 3 + 3", 183 / 60)
+    assert shown[5:] == [("LoRA 4", 4.0, 70.0), ("HEFT 3 + 3", 183 / 60, 70.0)]
 
 
-def test_help_is_the_docstring(tmp_path):
-    shown = subprocess.run([sys.executable, report.__file__, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and report.__doc__.strip() in shown.stdout
-    wrong = subprocess.run([sys.executable, report.__file__, "none"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "is not a folder" in wrong.stderr
-
-
-def test_the_stored_page_follows_from_the_stored_runs_byte_for_byte(tmp_path):
-    """Twice in a row. (With runs of one's own in results, the page is another.)"""
-    command = ["git", "status", "--porcelain", "results"]
-    state = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if state.returncode or state.stdout:
-        pytest.skip("no clean checkout")
+def test_the_published_page_follows_from_the_stored_runs_byte_for_byte(tmp_path):
+    """Twice in a row, and whatever runs of their own a user has in results."""
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    for file in (tmp_path / "results/smoke").glob("*.json*"):  # a user's own smoke runs, which git ignores
-        file.unlink()
+    write(tmp_path / "results", 3, 3, answers(8, 2))
     for _ in range(2):
-        report.write_report(tmp_path / "results")
+        report.publish(tmp_path / "results")
         for name in ("README.md", "details.md", "figure1.png", "figure1.svg"):
             assert (tmp_path / "results" / name).read_bytes() == (ROOT / "results" / name).read_bytes(), name
