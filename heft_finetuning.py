@@ -1,9 +1,9 @@
 """HEFT: fine-tune Llama-2-7b-chat on BoolQ with LoRA, merge, refine with LoReFT, evaluate.
 
 The reference reproduction of "HEFT: A Coarse-to-Fine Hierarchy for Enhancing the Efficiency and Accuracy of
-Language Model Reasoning" (arXiv 2509.09801). After an interruption, the same command continues the run.
-Exit status: 0 done; 2 an error that you can fix, explained in one line; 85 stopped by SIGTERM and 130 by
-Ctrl-C, after saving a checkpoint; anything else is a failure.
+Language Model Reasoning" (arXiv 2509.09801). If a run is interrupted, its command continues it.
+Exit status: 0 done; 2 an error that you can fix, explained in one line; 85 stopped by SIGTERM, 130 by Ctrl-C
+and 129 by a lost terminal, with a checkpoint on disk; anything else is a failure.
 
     python heft_finetuning.py --smoke                            # tiny embedded model, CPU, offline
     python heft_finetuning.py                                    # the paper's main run, 3 + 3 epochs
@@ -20,15 +20,17 @@ Ctrl-C, after saving a checkpoint; anything else is a failure.
 EPOCHS_LORA = 3            # epochs of stage 1; 0 skips the stage
 EPOCHS_REFT = 3            # epochs of stage 2; 0 skips the stage
 BASE_MODEL = "meta-llama/Llama-2-7b-chat-hf"  # Hub name or folder
+BASE_REVISION = ""         # commit, branch or tag of a model on the Hub; "" is the newest
 DATASET = "google/boolq"   # Hub name, or folder with train.jsonl and validation.jsonl
 MAX_TRAIN_SAMPLES = 0      # use only the first N training examples; 0 uses all
 MAX_EVAL_SAMPLES = 0       # use only the first N validation questions; 0 uses all
-SEED = 42                  # decides the initial weights, the order of the examples and the dropout
-DTYPE = "bfloat16"         # of the model's weights: bfloat16 or float32
+SEED = 42                  # starting weights, order, dropout; choose seeds further apart than the epochs
+DTYPE = "bfloat16"         # of the model's weights
+TAG = ""                   # a word in the run's name, to keep runs of edited code beside the others
 # Stage 1, LoRA
 LORA_RANK = 8              # rank of the update
 LORA_ALPHA = 32            # the update is scaled by alpha / rank
-LORA_DROPOUT = 0.05        # on the input of the update, 0 to below 1
+LORA_DROPOUT = 0.05        # on the input of the update
 LORA_TARGETS = ""          # "" is q_proj and v_proj (the paper's code); all-linear (its text); or names a,b
 LEARNING_RATE_LORA = 2e-4  # at the first step; falls linearly to 0
 # Stage 2, LoReFT
@@ -47,20 +49,22 @@ PRIVATE_REPOS = True       # new Hub repositories are private
 HF_USER = ""               # owner of repositories without one, a user or organisation; "" is the token's
 HF_REPO_LORA = ""          # of the merged model, name or owner/name; "" is heft-<name of stage 1>
 HF_REPO_REFIT = ""         # of the LoReFT intervention (the paper's spelling); "" is heft-<name of stage 2>
-MERGED_DIR = ""            # folder for a copy of the merged model (13.5 GB); "" keeps none
-OUTPUT_DIR = "output"      # adapters, interventions and checkpoints (tens of MB)
-RESULTS_DIR = "results"    # results and predictions
+OUTPUT_DIR = "output"      # folder of adapters, interventions and checkpoints (tens of MB)
+RESULTS_DIR = "results"    # folder of results and predictions
 RESULTS_FILE = ""          # name of the result in RESULTS_DIR; "" is <name of the run>.json
+ACCEPT_OTHER_CODE = False  # reuse stages, checkpoints and results that other code made; the result says so
 # ---------------------------------------------------------------------------------------------
 # fmt: on
-# A new one goes into ALLOWED, too (unless it is True or False), and, if it changes results, into PAPER.
-SETTINGS = [name for name in globals() if name.isupper()]
+# If you edit the code from main() to the line of equals signs, what other code made is refused (after an edit
+# of the evaluation, only results). TAG keeps both; ACCEPT_OTHER_CODE is for edits that change nothing. A new
+# setting also gets a row in the table SETTINGS, below.
 
 import argparse
 import contextlib
 import copy
-import errno
+import difflib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -76,6 +80,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -84,36 +89,46 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports, which take seconds: a job may be stopped at any time
-    words = b"\nstopped by a signal; the same command continues\n"
-    for number, status in ((signal.SIGTERM, 85), (signal.SIGINT, 130)):  # in training, see delayed_signals
-        signal.signal(number, lambda *_, status=status: (os.write(2, words), sys.exit(status)))
-    sys.stdout.reconfigure(line_buffering=True)  # keeps a job's log up to date
+SOURCE = Path(__file__).read_text("utf-8")  # as it runs: the file may be edited meanwhile
+STOP_STATUS = {signal.SIGTERM: 85, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit statuses; 85 is HTCondor's
+if __name__ == "__main__":  # before the imports below, which take ten seconds
+    with contextlib.suppress(OSError):
+        print("heft: loading the libraries", flush=True)
+    for number, status in STOP_STATUS.items():  # until catch_signals
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda *_, status=status: os._exit(status))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # busy waiting is ten times slower on shared cores
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # Xet has no timeout, and its errors do not name a cause
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batch shapes vary
+    os.environ.setdefault("USER", "heft")  # a container's user may have no name, for which torch would ask
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = os.getcwd()  # nor a home, where libraries keep their caches
 
+import datasets
+import httpx2  # huggingface_hub's HTTP library
 import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from httpx2 import RequestError  # huggingface_hub's HTTP library
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
-from tqdm import tqdm
+from peft import LoraConfig, PeftModel, get_peft_model
+from scipy.stats import binomtest
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
-SMOKE = "--smoke" in sys.argv  # the toy run, which needs no GPU
-DEVICE = "cuda" if torch.cuda.is_available() and not SMOKE else "cpu"
+with contextlib.redirect_stdout(None):  # they print an advertisement
+    from pyreft import LoreftIntervention, ReftConfig, get_reft_model
+    from pyvene import type_to_module_mapping
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100  # label of a token without loss, as in torch
-LOCK_SECONDS = 600  # how long a run waits for another one that trains the same stage
 
 
 def main():
     """The experiment, in the order of the paper's sections [in brackets]."""
     settings = read_settings(sys.argv[1:])
-    globals().update(settings)  # from here on the constants are what the flags say
-    set_up_libraries()
+    globals().update(settings)  # from here on the constants, and SMOKE, are what the flags say
+    set_up_process()
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage learns from them [4.1]
     base = inspect_base_model()
@@ -121,17 +136,15 @@ def main():
     questions = load_boolq("validation", base.tokenizer)
     lora_examples = lora_training_examples(base.tokenizer, train_rows)
     reft_examples = reft_training_examples(base.tokenizer, train_rows) if EPOCHS_REFT else []
-    check_lengths(base, lora_examples, questions)
+    check_data(base, train_rows, lora_examples, questions)
     check_device(base)
 
-    # Reuse what earlier runs with the same settings, data and base model finished; refuse anything else
+    # Reuse what earlier runs with the same settings, code, data and base model finished; refuse the rest
     run = plan_run(settings, base, train_rows, questions)
+    print_plan(run, base, lora_examples, reft_examples, questions)
     if already_done(run):
         return
-    check_folders()
-    find_finished_stages(run)
-    print(f"run {run.name} on {DEVICE_NAME}, {base.meta_model.num_parameters():,} parameters in {DTYPE}")
-    print(f"{len(lora_examples):,} examples, {len(reft_examples):,} in stage 2, {len(questions):,} questions")
+    claim_stages(run)
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
     model = load_base_model(base)
@@ -141,23 +154,21 @@ def main():
     model.eval().requires_grad_(False)
 
     # Stage 2, fine: LoReFT on the merged, frozen model, one edit of one hidden state per question [3.3]
-    reft_model = stage_2_loreft(model, run.reft, run.lora, reft_examples) if EPOCHS_REFT else None
+    reft_model = stage_2_loreft(model, run.reft, reft_examples) if EPOCHS_REFT else None
 
     # Evaluation: greedy answers to the validation questions [4]
-    if not run.result:
+    if not run.result:  # else only the upload is left
         texts, record = generate_answers(model, reft_model, base.tokenizer, questions)
-        run.result = write_result(run, record, questions, texts)
+        run.result = write_result(run, settings, record, questions, texts)
 
     # All results are on disk now: what is large, and what may fail, comes last
     print_summary(run)
-    if MERGED_DIR:
-        write_merged(model, base, MERGED_DIR)
     if PUSH_TO_HUB:
-        push_stages(model, base, run)
+        push_stages(run, model, base)
 
 
 # ----- Data: BoolQ as prompts and tokens (paper, section 4.1 and appendix)
-# Character for character the paper's. The tokenizer adds a BOS of its own: prompts start with two.
+# Exactly the paper's. The tokenizer adds a BOS of its own, so prompts start with two.
 BOOLQ_PROMPT_TMPL = """<s>[INST] <<SYS>>
 You are a helpful assistant that answers questions with only "Yes" or
 "No" based on the provided passage.
@@ -175,44 +186,17 @@ def format_boolq(example):
 
 def load_boolq(split, tokenizer):
     """The rows of a split in the data's order: dicts of question, prompt, answer, tokens (the prompt's)."""
-    rows = []
-    located_rows = read_folder(split) if os.path.isdir(DATASET) else read_hub(split)
-    for place, row in located_rows:
-        with explained(f"{place}: a row needs question and passage (text) and answer (true or false)"):
-            if isinstance(row, bytes):  # from read_folder; parsed here, so that an error names the place
-                row = json.loads(row.decode())
-            (row["question"] + row["passage"]).encode()  # an error, unless both are text
-            if not isinstance(row["answer"], int) or row["answer"] not in (0, 1):
-                raise ValueError(f"its answer is {row['answer']!r}")
-        rows.append(format_boolq(row) | {"question": row["question"]})
-    stop_if(not rows, f"the {split} split of the dataset {DATASET!r} is empty")
     limit = MAX_TRAIN_SAMPLES if split == "train" else MAX_EVAL_SAMPLES
-    rows = rows[:limit] if limit else rows
+    rows = read_rows(split)[: limit or None]
+    rows = [format_boolq(row) | {"question": row["question"]} for row in rows]
     return [row | {"tokens": tokenizer(row["prompt"])["input_ids"]} for row in rows]
 
 
-def read_folder(split):
-    """(place, line) of each line of DATASET/<split>.jsonl. Nothing is guessed: a row is one line of JSON."""
-    path = Path(DATASET, f"{split}.jsonl")
-    convert = f"datasets.load_dataset(...)[{split!r}].to_json({path.name!r}) writes it"
-    with explained(f"cannot read {path}, which a dataset folder must contain: {convert}"):
-        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
-
-
-def read_hub(split):
-    """(place, row) of each row of the Hub's dataset DATASET, whose columns must have the types of BoolQ's."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    invalid_name = DATASET.count("/") != 1
-    stop_if(invalid_name, f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq")
-    with explained(f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"):
-        rows = datasets.load_dataset(DATASET, split=split)
-    for name, dtype in {"question": "string", "passage": "string", "answer": "bool"}.items():
-        found = getattr(rows.features.get(name), "dtype", None)
-        stop_if(found != dtype, f"{name} in {DATASET!r} must be {dtype}, as in google/boolq, not {found}")
-    return [(f"{DATASET}, {split}, row {number}", row) for number, row in enumerate(rows.to_list(), 1)]
+def choose_padding(tokenizer, model):
+    """Let EOS be the padding token, as in the paper, unless the tokenizer has one that the model knows."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not tokenizer.pad_token or tokenizer.pad_token_id >= vocabulary:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def lora_training_examples(tokenizer, rows):
@@ -221,7 +205,7 @@ def lora_training_examples(tokenizer, rows):
     for row in rows:
         text = f"{row['prompt']} {row['answer']}{tokenizer.eos_token}"
         tokens = tokenizer(text)["input_ids"][:MAX_LENGTH]
-        # Loss on all tokens except padding. Llama 2 is padded with EOS, so the real EOS is masked, too.
+        # As in the paper, the padding token has no loss. Llama 2's is EOS, so LoRA does not learn to stop.
         labels = [IGNORE if token == tokenizer.pad_token_id else token for token in tokens]
         examples.append({"input_ids": tokens, "labels": labels})
     return examples
@@ -234,31 +218,91 @@ def reft_training_examples(tokenizer, rows):
     for row in rows:
         # The paper's stage 2 has no space before the answer.
         tokens = tokenizer(f"{row['prompt']}{row['answer']}{tokenizer.eos_token}")["input_ids"]
-        n = len(row["tokens"])
-        joined = tokens[:n] != row["tokens"]
+        *prefix, last = prompt = row["tokens"]
+        answer = tokens[len(prompt) :]  # and EOS, which has a loss, too
+        joined = tokens != prompt + answer
         stop_if(joined, f"the tokenizer of {BASE_MODEL!r} joins prompt and answer: use --epochs-reft 0")
         if len(tokens) <= MAX_LENGTH:  # cutting a longer one would remove its answer
-            prefix = {"prefix": tokens[: n - 1], "prefix_mask": [1] * (n - 1)}
-            labels = [IGNORE, *tokens[n:]]  # loss on the answer and EOS
-            examples.append(prefix | {"input_ids": tokens[n - 1 :], "labels": labels})
+            before = {"prefix": prefix, "prefix_mask": [1] * len(prefix)}
+            examples.append(before | {"input_ids": [last, *answer], "labels": [IGNORE, *answer]})
     stop_if(not examples, f"no training example fits into --max-length {MAX_LENGTH}")
     return examples
 
 
+# ----- The base model
+def load_base_model(base):
+    """The causal language model BASE_MODEL in DTYPE on the device; from safetensors only."""
+    if not os.path.isdir(BASE_MODEL):  # the weights join the other files of this commit, in base.folder
+        download(BASE_MODEL, base.folder.name, "*.safetensors")
+    # Its own generation_config.json would fill in what generate_answers leaves open.
+    options = dict(generation_config=GenerationConfig(), use_safetensors=True, output_loading_info=True)
+    options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, config=base.meta_model.config)
+    with explained(f"cannot load the model {BASE_MODEL!r}"):
+        model, loading = AutoModelForCausalLM.from_pretrained(base.folder, **options)
+    for kind, problem in (("missing", "lacks weights"), ("unexpected", "has no place for the weights")):
+        names = sorted(loading[f"{kind}_keys"])
+        stop_if(names, f"the model {BASE_MODEL!r} {problem} {', '.join(names[:3])}: check its config.json")
+    model.name_or_path = BASE_MODEL  # PEFT writes it into the adapter: not the path of the Hub's cache
+    return model
+
+
 # ----- Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
-def microbatches(lengths, max_tokens):
-    """Positions in `lengths`, short to long, in groups of rows x longest <= max_tokens; longer go alone."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or (len(groups[-1]) + 1) * lengths[i] > max_tokens:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+def train(stage, module, forward, examples, initial_rate):
+    """Train the parameters of `module` that require gradients. Returns the stage's record (new_record).
+
+    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the
+    step's number alone, so a resumed run gives the same result. On a signal: checkpoint, exit.
+    forward: as in accumulate_gradients."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, initial_rate, weight_decay=0.0)  # the fused rounds differently
+    steps_per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # the last may have fewer examples
+    steps = steps_per_epoch * stage.epochs
+    say(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
+    tensors = [*parameters, *module.buffers()]  # LoReFT's R is computed from a parameter and a buffer
+    record = resume(stage, tensors, optimizer)
+    check_memory(forward, examples)
+    began = time.monotonic() - record["seconds"]
+    with delayed_signals():
+        for step in range(len(record["loss"]), steps):
+            epoch, position = divmod(step, steps_per_epoch)
+            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
+            batch = [examples[i] for i in order.split(EXAMPLES_PER_STEP)[position]]
+            # Seeds the dropout; from a text, so that no two seeds share masks. (Close ones do share orders:
+            # SEED + epoch is kept for the sake of the stored results.)
+            torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))
+            rate = initial_rate * ((steps - step) / steps)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            loss = accumulate_gradients(forward, batch)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            failed = f"loss {loss}, gradient {norm} at step {step + 1}: try a lower rate, or --dtype float32"
+            stop_if(not (loss + norm).isfinite(), failed, status=1)
+            optimizer.step()
+            record["loss"].append(loss.item())
+            log_progress(record, began, "step", step + 1, steps, f"loss {loss:.4f}, rate {rate:.2e}")
+            save_and_stop(record, stage, tensors, optimizer, end_of_epoch=position == steps_per_epoch - 1)
+    return record
 
 
-def length(example):
-    """The tokens that an example adds to a micro-batch (in stage 2, without the start that all share)."""
-    return len(example.get("prefix", [])) + len(example["input_ids"])
+def accumulate_gradients(forward, examples):
+    """Backpropagate the loss of a step, micro-batch by micro-batch, and return it, a scalar tensor.
+
+    forward: function from a micro-batch without labels to an output with logits (rows, columns, words)."""
+    loss = 0.0
+    for microbatch in collate(examples):
+        labels = microbatch.pop("labels")
+        # A mean over the step's examples, as in the paper, which has one example per forward.
+        microbatch_loss = example_losses(forward(**microbatch).logits, labels).sum() / len(examples)
+        microbatch_loss.backward()
+        loss += microbatch_loss.detach()
+    return loss
+
+
+def example_losses(logits, labels):
+    """Mean token loss of each example: (rows, columns, words) and (rows, columns) to (rows,)."""
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view_as(labels).sum(1) / (labels != IGNORE).sum(1)
 
 
 def collate(examples):
@@ -270,150 +314,77 @@ def collate(examples):
         value = IGNORE if key == "labels" else 0
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(DEVICE)
 
-    groups = microbatches([length(example) for example in examples], TOKENS_PER_MICROBATCH)
+    groups = microbatches([token_count(example) for example in examples], TOKENS_PER_MICROBATCH)
     return [{key: padded(key, group) for key in examples[0]} for group in groups]
 
 
-def example_losses(logits, labels):
-    """Mean token loss of each example: (rows, columns, words) and (rows, columns) to (rows,)."""
-    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.view_as(labels).sum(1) / (labels != IGNORE).sum(1)
+def token_count(example):
+    """The tokens that an example adds to a micro-batch (in stage 2, without the start that all share)."""
+    return len(example.get("prefix", [])) + len(example["input_ids"])
 
 
-def accumulate_gradients(forward, examples):
-    """Backpropagate the loss of a step, micro-batch by micro-batch, and return it, a scalar tensor.
-
-    forward: function from a micro-batch without labels to an output with logits (rows, columns, words)."""
-    loss = 0.0
-    for microbatch in collate(examples):
-        labels = microbatch.pop("labels")
-        # A mean over the step's examples, as in transformers 4.45; its Trainer now weights by tokens.
-        microbatch_loss = example_losses(forward(**microbatch).logits, labels).sum() / len(examples)
-        microbatch_loss.backward()
-        loss += microbatch_loss.detach()
-    return loss
-
-
-def check_memory(forward, examples):
-    """Run the largest possible micro-batches once on a GPU: too little memory shows within seconds."""
-
-    def full_microbatch(example):  # as many copies as fit
-        return [example] * min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // length(example)))
-
-    if DEVICE != "cpu":
-        accumulate_gradients(forward, full_microbatch(max(examples, key=length)))
-        most_tokens = max(map(full_microbatch, examples), key=lambda rows: len(rows) * length(rows[0]))
-        accumulate_gradients(forward, most_tokens)
-
-
-def train(stage, module, forward, examples, first_rate):
-    """Train the parameters of `module` that require gradients. Returns the stage's record (new_record).
-
-    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the
-    step's number alone, so a resumed run gives the same result. On SIGTERM or Ctrl-C: checkpoint, exit.
-    forward: as in accumulate_gradients."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    tensors = [*parameters, *module.buffers()]  # LoReFT's R is stored as a change to a buffer
-    optimizer = torch.optim.AdamW(parameters, first_rate, weight_decay=0.0)  # the fused rounds differently
-    steps_per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # the last may have fewer examples
-    steps = steps_per_epoch * stage.epochs
-    print(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
-    reset_peak_memory()
-    check_memory(forward, examples)
-    optimizer.zero_grad()
-    record = restore_checkpoint(stage, tensors, optimizer)
-    done, seconds_before = len(record["loss"]), record["seconds"]
-    started = time.time()
-    bar = tqdm(range(done, steps), initial=done, total=steps, disable=None, dynamic_ncols=True)
-    with delayed_signals() as received:
-        for step in bar:
-            epoch, position = divmod(step, steps_per_epoch)
-            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
-            batch = [examples[i] for i in order.split(EXAMPLES_PER_STEP)[position]]
-            torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))  # seeds the dropout
-            rate = optimizer.param_groups[0]["lr"] = first_rate * ((steps - step) / steps)
-            loss = accumulate_gradients(forward, batch)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not (loss + norm).isfinite():
-                values = f"loss {loss}, gradient {norm} at step {step + 1}"
-                raise Stop(f"{values}: try a lower rate, or --dtype float32", 1)
-            optimizer.step()
-            optimizer.zero_grad()
-            record["loss"].append(loss.item())
-            record["seconds"] = seconds_before + time.time() - started
-            log_progress(bar, "step", step + 1, started, f"loss {loss:.4f}, rate {rate:.2e}")
-            if received or position == steps_per_epoch - 1:
-                record["peak_memory_gb"] = max(record["peak_memory_gb"], peak_memory())
-                state = {"settings": checkpoint_settings(stage), "tensors": tensors, "record": record}
-                write(stage.folder / "checkpoint.pt", state | {"optimizer": optimizer.state_dict()})
-            if received:
-                name, status = ("Ctrl-C", 130) if received[0] == signal.SIGINT else ("SIGTERM", 85)
-                tqdm.write(f"stopped by {name} at step {step + 1} of {steps}; the same command continues")
-                sys.exit(status)
-    return record
-
-
-def log_progress(bar, what, done, started, text):
-    """Show progress: on the bar or, without one (in a job's log), in a line every 50 steps (the paper's
-    logging_steps) and at the end. started: time.time() before this process's first step."""
-    bar.set_postfix_str(text)
-    if bar.disable and (done % 50 == 0 or done == bar.total):
-        pace = (time.time() - started) / (done - bar.n)  # n stays at the first one, as there is no bar
-        left = timedelta(seconds=round(pace * (bar.total - done)))
-        print(f"{what} {done} of {bar.total}: {text}, {pace:.2f} s per {what}, {left} left")
-
-
-@contextlib.contextmanager
-def delayed_signals():
-    """Collect SIGTERM and Ctrl-C in a list, so that they do not end the program in the middle of a step."""
-    received = []
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    usual = [signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds]
-    yield received
-    for kind, handler in zip(kinds, usual):
-        signal.signal(kind, handler)
+def microbatches(lengths, max_tokens):
+    """Positions in `lengths`, short to long, in groups of rows x longest <= max_tokens; longer go alone."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > max_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 # ----- Stage 1: LoRA (paper, section 3.2)
 def lora_config():
     """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
-    from peft import LoraConfig
-
-    targets = LORA_TARGETS.replace(",", " ").split()
     if LORA_TARGETS in ("", "all-linear"):  # PEFT's default for the model; PEFT's keyword
         targets = LORA_TARGETS or None
+    else:
+        targets = LORA_TARGETS.replace(",", " ").split()
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
 
 def stage_1_lora(model, stage, examples):
     """`model` with the stage's adapter, as a peft.PeftModel: read if the stage is finished, else trained."""
-    from peft import PeftModel, get_peft_model
-
-    with lock_unfinished(stage):
-        if stage.record:  # finished earlier, or by another process meanwhile
-            return PeftModel.from_pretrained(model, stage.folder, config=lora_config())
-        set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
-        model = get_peft_model(model, lora_config()).train()
-        record = train(stage, model, partial(model, use_cache=False), examples, LEARNING_RATE_LORA)
-        finish(stage, record, partial(model.save_pretrained, save_embedding_layers=False))
-        return model
+    if stage.record:
+        return PeftModel.from_pretrained(model, stage.folder, config=lora_config())
+    set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
+    model = get_peft_model(model, lora_config()).train()
+    record = train(stage, model, partial(model, use_cache=False), examples, LEARNING_RATE_LORA)
+    finish(stage, record, partial(model.save_pretrained, save_embedding_layers=False))
+    return model
 
 
 # ----- Stage 2: LoReFT (paper, section 3.3): at the last prompt token, h becomes h + R^T (W h + b - R h)
+def stage_2_loreft(model, stage, examples):
+    """A pyreft.ReftModel around `model`: its intervention is read if the stage is finished, else trained."""
+    reft_model, intervention = add_intervention(model)
+    if not stage.record:
+        adapter = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
+        if stage.below and stage.below.folder != adapter:
+            copy_stage(stage.below.record, stage.below.folder, adapter)
+        examples, forward = prepare_forward(model, reft_model, examples)
+        record = train(stage, intervention, forward, examples, LEARNING_RATE_REFT)
+        reft_model.set_device("cpu", set_model=False)  # saved from the CPU, the file loads without a GPU
+        with contextlib.redirect_stdout(None):
+            finish(stage, record, reft_model.save)
+    # Load the saved file even right after training: a later run then evaluates the same weights.
+    # (Not by ReftModel.load, which always returns bfloat16.)
+    (file,) = stage.folder.glob("intkey_*.bin")
+    intervention.load_state_dict(torch.load(file, map_location=DEVICE, weights_only=True))
+    reft_model.set_device(DEVICE, set_model=False)
+    return reft_model
+
+
 def add_intervention(model):
     """(pyreft.ReftModel around `model`, its intervention). R: REFT_RANK x hidden size, orthonormal rows."""
-    with contextlib.redirect_stdout(None):  # importing it prints an advertisement
-        from pyreft import LoreftIntervention, ReftConfig, get_reft_model
-
     set_seed(SEED)  # directly before the weights are drawn: they depend on the seed alone
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
     rotation.base = rotation.base.contiguous()  # its layout decides the last bits in results/
-    place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
-    config = ReftConfig(representations=place | {"intervention": intervention})
+    edited = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
+    config = ReftConfig(representations=edited | {"intervention": intervention})
     return get_reft_model(model, config), intervention
 
 
@@ -425,69 +396,50 @@ def prepare_forward(model, reft_model, examples):
     removed from `prefix`, which keeps at least one token, but not from prefix_mask."""
     common = os.path.commonprefix([example["prefix"][:-1] for example in examples])
     examples = [example | {"prefix": example["prefix"][len(common) :]} for example in examples]
-    start = model.base_model(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
+    decoder = model.base_model  # transformers' name for the model without its output layer
+    start = decoder(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
 
     def forward(input_ids, prefix, prefix_mask):
+        # input_ids: (rows, columns), the last prompt token and the answer. prefix: (rows, tokens between them
+        # and the shared start). prefix_mask: (rows, tokens of start and prefix), 0 where a prefix is padded.
         cache = copy.deepcopy(start)
         cache.batch_repeat_interleave(len(input_ids))
-        model.base_model(prefix, past_key_values=cache)  # fills the cache
+        decoder(prefix, past_key_values=cache)  # fills the cache; without intervention or gradient
         position = prefix_mask.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=DEVICE)
         mask = torch.cat([prefix_mask, torch.ones_like(input_ids)], 1)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position}
-        # Column 0 is the last prompt token: there, and nowhere else, the hidden state is edited.
+        # Column 0 is the last prompt token: there, and nowhere else, the hidden state is edited. pyvene
+        # returns the output without the intervention, too, as [0].
         return reft_model(inputs | {"past_key_values": cache}, unit_locations={"base": 0})[1]
 
     return examples, forward
 
 
-def stage_2_loreft(model, stage, stage_1, examples):
-    """A pyreft.ReftModel around `model`: its intervention is read if the stage is finished, else trained."""
-    reft_model, intervention = add_intervention(model)
-    stage.decided_by["STAGE_1"] = weights_hash(stage_1)  # not known before
-    with lock_unfinished(stage):
-        if not stage.record:
-            adapter = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
-            if stage_1.epochs and stage_1.folder != adapter:
-                copy_stage(stage_1, adapter)
-            examples, forward = prepare_forward(model, reft_model, examples)
-            record = train(stage, intervention, forward, examples, LEARNING_RATE_REFT)
-            reft_model.set_device("cpu", set_model=False)  # saved from the CPU, the file loads without a GPU
-            with contextlib.redirect_stdout(None):
-                finish(stage, record, reft_model.save)
-    # Load the saved file even right after training: a later run then evaluates the same weights.
-    # (Not by ReftModel.load, which always returns bfloat16.)
-    weights = torch.load(stage.folder / stage.files[0], map_location=DEVICE, weights_only=True)
-    intervention.load_state_dict(weights)
-    reft_model.set_device(DEVICE, set_model=False)
-    return reft_model
-
-
 # ----- Evaluation (paper, section 4)
 def generate_answers(model, reft_model, tokenizer, questions):
     """(the generated text for each question, in their order; the evaluation's record)."""
-    print(f"\nevaluation of {len(questions):,} questions")
-    reset_peak_memory()
+    say(f"\nevaluation of {len(questions):,} questions")
     prompts = [row["tokens"] for row in questions]
     text_of = {}
-    started = time.time()
     # Greedy: the chat model's own generation_config.json, which load_base_model leaves out, would sample.
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, **ends)
     # Four times as many tokens fit without gradients. Longest first: too little memory shows at once.
     groups = microbatches([len(prompt) for prompt in prompts], 4 * TOKENS_PER_MICROBATCH)[::-1]
-    bar = tqdm(groups, unit="micro-batch", disable=None, dynamic_ncols=True)
-    for done, group in enumerate(bar, 1):
-        # Left padding: the last column is the last prompt token.
-        rows = tokenizer.pad({"input_ids": [prompts[i] for i in group]}, return_tensors="pt").to(DEVICE)
+    record, began = new_record(), time.monotonic()
+    for number, group in enumerate(groups, 1):
+        # Left padding: the last column, the same for all rows, is the last prompt token.
+        rows = {"input_ids": [prompts[i] for i in group]}
+        rows = tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(DEVICE)
         columns = rows["input_ids"].shape[1]
         if reft_model:
             edited = dict(unit_locations={"base": columns - 1}, intervene_on_prompt=True)
             _, output = reft_model.generate(dict(rows), generation_config=greedy, **edited)
         else:
             output = model.generate(**rows, generation_config=greedy)
-        text_of |= zip(group, tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True))
-        log_progress(bar, "micro-batch", done, started, f"{len(text_of):,} questions")
-    record = new_record() | {"seconds": time.time() - started, "peak_memory_gb": peak_memory()}
+        texts = tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)
+        text_of |= zip(group, texts)
+        log_progress(record, began, "micro-batch", number, len(groups), f"{len(text_of):,} questions")
     return [text_of[i].strip() for i in range(len(prompts))], record
 
 
@@ -496,28 +448,12 @@ def predict(text):
     return "Yes" if "Yes" in text else "No" if "No" in text else "Unknown"
 
 
-# ----- The result: the accuracy, and all that is needed to understand it
-SUMMARY = (  # of a result, in one line
-    "accuracy {accuracy} (95 % interval {confidence_interval_95[0]:.2f} to {confidence_interval_95[1]:.2f}), "
-    "{correct_predictions:,} of {num_validation_samples:,} correct, "
-    "{yes_answers} Yes, {unknown_answers} Unknown"
-)
-
-
-def write_result(run, evaluation, questions, texts):
-    """Write the result and the predictions of the run. Returns the result, the paper's five keys first.
-
-    evaluation: its record, as those of the stages; texts: the generated text for each question."""
-    from scipy.stats import binomtest
-
-    rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
-    rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
-    predictions = [row["prediction"] for row in rows]
-    n = len(rows)
-    correct = sum(row["prediction"] == row["answer"] for row in rows)
-    records = {"lora": run.lora.record, "reft": run.reft.record, "evaluation": evaluation}
-    seconds = {part: record["seconds"] if record else 0.0 for part, record in records.items()}
-    result = {
+def score(predictions, answers):
+    """The accuracy, as the paper's script writes it, and what helps to judge it. Two lists of words."""
+    n = len(answers)
+    correct = sum(prediction == answer for prediction, answer in zip(predictions, answers))
+    majority = max(("Yes", "No"), key=answers.count)
+    return {
         "lora_epochs": EPOCHS_LORA,
         "reft_epochs": EPOCHS_REFT,
         "num_validation_samples": n,
@@ -526,133 +462,198 @@ def write_result(run, evaluation, questions, texts):
         "confidence_interval_95": [100 * end for end in binomtest(correct, n).proportion_ci(method="wilson")],
         "yes_answers": predictions.count("Yes"),
         "unknown_answers": predictions.count("Unknown"),
-        "settings": run.provenance["settings"] | run.decided_by | stage_hashes(run),
-        "seconds": seconds | {"total": sum(seconds.values())},
-        "commit": run.provenance["commit"],  # None in a cluster's job
-        "script_sha256": run.provenance["script_sha256"],
-        "loss": {part: (records[part] or {}).get("loss", []) for part in ("lora", "reft")},
+        "majority_answer": majority,
+        "majority_accuracy": f"{100 * answers.count(majority) / n:.2f}%",
     }
-    for key in ("device", "peak_memory_gb", "tokens_per_microbatch", "versions"):
-        result[key] = {part: record[key] for part, record in records.items() if record}
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
-    write(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
-    return result
-
-
-def print_summary(run):
-    """Print what was done, the result, the time and the files."""
-    trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
-    seconds = ", ".join(f"{part} {value:.1f}" for part, value in run.result["seconds"].items())
-    files = [run.file, run.file.with_suffix(".predictions.jsonl"), *(stage.folder for stage in run.stages)]
-    print(f"\n{run.name}: {trained or 'the base model, untrained'}\n{SUMMARY.format(**run.result)}")
-    if run.name in PAPER_ACCURACY and not SMOKE:
-        print(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
-    print(f"seconds  {seconds}; peak memory {max(run.result['peak_memory_gb'].values()):.1f} GB")
-    print(f"files    {', '.join(map(str, files))}")
 
 
 # =============================================================================================
-# Bookkeeping: the experiment ends here. First, settings as flags, and the names of runs
-
+# Bookkeeping: the experiment ends here. First the settings as flags, and what they decide
 HERE = Path(__file__).resolve().parent
-if DEVICE == "cuda":
-    DEVICE_NAME = torch.cuda.get_device_name()
-else:
-    DEVICE_NAME = f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
+
+
+def expand(text):
+    """A folder or name with ~ and $VARIABLE replaced. ValueError if one of them has no value."""
+    text = os.path.expanduser(os.path.expandvars(text.strip()))
+    if text[0] == "~" or "$" in text:
+        raise ValueError(text)
+    return text
+
+
+@dataclass
+class Setting:
+    """What the values of a setting may be, what they decide, and how they enter the name of a run."""
+
+    convert: object  # function from the text of a flag to the value
+    is_legal: object  # function from the value to True or False
+    words: str  # the legal values, for messages
+    decides: str = ""  # the part that depends on it: epochs, stages (both), lora, reft, evaluation; "" none
+    prefix: str = ""  # of the value in names
+    paper: object = None  # the paper's value, which names leave out
+
+
 # fmt: off
-# Settings that decide results, besides the epochs, with the paper's values. Other values go into the run's
-# name, in this order: do not reorder. Give a new setting the value with which the script acts as before.
-PAPER = dict(
-    BASE_MODEL="meta-llama/Llama-2-7b-chat-hf", DATASET="google/boolq",
-    LORA_RANK=8, LORA_ALPHA=32, LORA_DROPOUT=0.05, LORA_TARGETS="", LEARNING_RATE_LORA=2e-4,
-    REFT_LAYER=15, REFT_RANK=4, LEARNING_RATE_REFT=2e-4,
-    EXAMPLES_PER_STEP=32, MAX_LENGTH=2048, MAX_NEW_TOKENS=5, DTYPE="bfloat16", SEED=42,
-    MAX_TRAIN_SAMPLES=0, MAX_EVAL_SAMPLES=0)
-PREFIX = dict(  # of the value in the name, where it is not the setting's name in lower case
-    EPOCHS_LORA="lora", EPOCHS_REFT="reft", BASE_MODEL="", DATASET="on_", LORA_TARGETS="lora_targets_",
-    LEARNING_RATE_LORA="lr_lora", LEARNING_RATE_REFT="lr_reft", DTYPE="dtype_",
-    MAX_TRAIN_SAMPLES="train", MAX_EVAL_SAMPLES="eval")
-# A run without the stage does not depend on these.
-LORA_SETTINGS = ["LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LEARNING_RATE_LORA"]
-REFT_SETTINGS = ["REFT_LAYER", "REFT_RANK", "LEARNING_RATE_REFT"]
-EVALUATION_SETTINGS = ["MAX_NEW_TOKENS", "MAX_EVAL_SAMPLES"]  # no stage depends on these
-PAPER_ACCURACY = {"lora0-reft20": 83.36, "lora20-reft0": 85.05, "lora3-reft3": 85.17, "lora20-reft20": 85.47}
+COUNT = (int, lambda n: 0 <= n < 2**32, "a whole number from 0")
+SIZE = (int, lambda n: 1 <= n < 2**32, "a whole number from 1")
+LENGTH = (int, lambda n: 2 <= n < 2**32, "a whole number from 2")
+SHARE = (float, lambda x: 0 <= x < 1, "from 0 to below 1")
+RATE = (float, lambda x: 0 < x < math.inf, "above 0")
+PRECISION = (str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32")
+PLACE = (expand, len, "a name, not empty, in which each ~ and $VARIABLE has a value")
+LINE = (str, lambda text: text.isprintable() and text != "None", 'one line, "" for none')
+WORD = (str, re.compile("[A-Za-z0-9._+]*").fullmatch, 'letters, digits and . _ +, "" for none')
+FILE = (str, re.compile(r"([^/]*\.json)?").fullmatch, "a file name in .json, without a folder")
+SWITCH = (bool, None, "True or False")
+# For example, LORA_RANK must be a whole number from 1. It decides stage 1, if the run has one, and all that
+# builds on it. A run with another value than the paper's 8 is called lora3-reft3-lora_rank16, and a folder
+# with files of another rank is refused. Names list the settings in this order: do not reorder.
+SETTINGS = {name: Setting(*legal, *more) for name, legal, *more in [
+    # name                    legal      decides       prefix in names  paper's value
+    ("EPOCHS_LORA",           COUNT,     "epochs",     "lora"),  # always named
+    ("EPOCHS_REFT",           COUNT,     "epochs",     "reft"),
+    ("BASE_MODEL",            PLACE,     "stages",     "",              "meta-llama/Llama-2-7b-chat-hf"),
+    ("BASE_REVISION",         LINE,      "stages",     "revision_",     ""),
+    ("DATASET",               PLACE,     "stages",     "on_",           "google/boolq"),
+    ("LORA_RANK",             SIZE,      "lora",       "lora_rank",     8),
+    ("LORA_ALPHA",            SIZE,      "lora",       "lora_alpha",    32),
+    ("LORA_DROPOUT",          SHARE,     "lora",       "lora_dropout",  0.05),
+    ("LORA_TARGETS",          LINE,      "lora",       "lora_targets_", ""),
+    ("LEARNING_RATE_LORA",    RATE,      "lora",       "lr_lora",       2e-4),
+    ("REFT_LAYER",            COUNT,     "reft",       "reft_layer",    15),
+    ("REFT_RANK",             SIZE,      "reft",       "reft_rank",     4),
+    ("LEARNING_RATE_REFT",    RATE,      "reft",       "lr_reft",       2e-4),
+    ("EXAMPLES_PER_STEP",     SIZE,      "stages",     "examples_per_step", 32),
+    ("MAX_LENGTH",            LENGTH,    "stages",     "max_length",    2048),
+    ("MAX_NEW_TOKENS",        SIZE,      "evaluation", "max_new_tokens", 5),
+    ("DTYPE",                 PRECISION, "stages",     "dtype_",        "bfloat16"),
+    ("SEED",                  COUNT,     "stages",     "seed",          42),
+    ("MAX_TRAIN_SAMPLES",     COUNT,     "stages",     "train",         0),
+    ("MAX_EVAL_SAMPLES",      COUNT,     "evaluation", "eval",          0),
+    ("TAG",                   WORD,      "stages",     "",              ""),
+    ("TOKENS_PER_MICROBATCH", SIZE),  # stated in the result; a checkpoint needs it unchanged
+    ("PUSH_TO_HUB",           SWITCH),
+    ("PRIVATE_REPOS",         SWITCH),
+    ("HF_USER",               LINE),
+    ("HF_REPO_LORA",          LINE),
+    ("HF_REPO_REFIT",         LINE),
+    ("OUTPUT_DIR",            PLACE),
+    ("RESULTS_DIR",           PLACE),
+    ("RESULTS_FILE",          FILE),
+    ("ACCEPT_OTHER_CODE",     SWITCH),
+]}
 # What --smoke changes: the same script on the embedded toy, which needs larger steps.
 SMOKE_VALUES = dict(
     BASE_MODEL=os.path.relpath(HERE / "smoke/model"), DATASET=os.path.relpath(HERE / "smoke/data"),
     DTYPE="float32", LEARNING_RATE_LORA=9e-4, LEARNING_RATE_REFT=1e-3,
     PUSH_TO_HUB=False, OUTPUT_DIR="output/smoke", RESULTS_DIR="results/smoke")
-# Type, check and description of each setting. Settings that are not listed are True or False.
-ALLOWED = {name: rule for names, *rule in [
-    ("EPOCHS_LORA EPOCHS_REFT REFT_LAYER MAX_TRAIN_SAMPLES MAX_EVAL_SAMPLES SEED",
-     int, lambda n: 0 <= n < 2**32, "a whole number from 0"),
-    ("LORA_RANK LORA_ALPHA REFT_RANK EXAMPLES_PER_STEP TOKENS_PER_MICROBATCH MAX_NEW_TOKENS",
-     int, lambda n: n >= 1, "a whole number from 1"),
-    ("MAX_LENGTH", int, lambda n: n >= 2, "a whole number from 2"),
-    ("LORA_DROPOUT", float, lambda x: 0 <= x < 1, "from 0 to below 1"),
-    ("LEARNING_RATE_LORA LEARNING_RATE_REFT", float, lambda x: 0 < x < math.inf, "above 0"),
-    ("DTYPE", str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32"),
-    ("BASE_MODEL DATASET OUTPUT_DIR RESULTS_DIR", str, str.strip, "a name, not empty"),
-    ("RESULTS_FILE", str, re.compile(r"([^/]*\.json)?").fullmatch, "a file name in .json, without a folder"),
-    ("HF_USER HF_REPO_LORA HF_REPO_REFIT LORA_TARGETS MERGED_DIR",
-     str, lambda text: text.isprintable() and text != "None", 'one line, "" for none'),
-] for name in names.split()}
+PAPER_ACCURACY = {"lora0-reft20": 83.36, "lora20-reft0": 85.05, "lora3-reft3": 85.17, "lora20-reft20": 85.47}
 # fmt: on
 
 
-def allowed_value(name, text):
-    """The value of the setting `name`, whose text comes from a flag or a constant."""
-    kind, test, words = ALLOWED[name]
-    with contextlib.suppress(ValueError):
-        if test(kind(text)):
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"must be {words} (it is {text!r})")
-
-
 def read_settings(arguments):
-    """All settings: the constants on the first screen, or what the flags in `arguments` say instead."""
-    where = f"The constants at the top of {Path(__file__).name} say what each setting means."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=where, allow_abbrev=False)
+    """All settings by name: the constants on the first screen, or what the flags in `arguments` say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = partial(stop_if, True)
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
-    defaults = globals() | (SMOKE_VALUES if "--smoke" in arguments else {})
-    for name in SETTINGS:
-        flag = "--" + name.lower().replace("_", "-")
-        default = defaults[name]
-        if name in ALLOWED:
-            words = f"{ALLOWED[name][2]} (default: {default!r})".replace("%", "%%")
-            # The default is passed as text, so that argparse checks an edited constant like a flag.
-            options = dict(type=partial(allowed_value, name), default=str(default), metavar="X", help=words)
-        else:
+    first_screen = SOURCE.partition("\nimport ")[0]
+    constants = re.findall(r"^([A-Z_]+) = .*?(?:  # (.*))?$", first_screen, re.M)
+    known = ["--smoke"]
+    for name, comment in constants:
+        stop_if(
+            name not in SETTINGS, f"{name} has no row in the table SETTINGS, so nothing would notice a change"
+        )
+        setting, default = SETTINGS[name], globals()[name]
+        flag = name.lower().replace("_", "-")
+        known += [f"--{flag}", f"--no-{flag}"] if setting.convert is bool else [f"--{flag}"]
+        about = f"{comment} [{setting.words}; default: {default!r}]".replace("%", "%%")
+        if setting.convert is bool:
             stop_if(not isinstance(default, bool), f"{name} must be True or False, not {default!r}")
             options = dict(action=argparse.BooleanOptionalAction, default=default)
-        parser.add_argument(flag, dest=name, **options)
-    return vars(parser.parse_args(arguments))
+        else:
+            # The default is passed as text, so that argparse checks an edited constant like a flag.
+            options = dict(type=partial(legal_value, setting), default=str(default), metavar="X")
+        parser.add_argument(f"--{flag}", dest=name, help=about, **options)
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        hint = f"do you mean {near[0]}?" if near else "--help lists the flags"
+        raise Stop(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
+    if values.SMOKE:  # then again, with other defaults
+        parser.set_defaults(**SMOKE_VALUES)
+        values = parser.parse_args(arguments)
+    return vars(values)
 
 
-def identity(settings, part):
-    """(name, settings) of part "lora", "reft" or "run": the settings that decide its outcome, and a name such
-    as lora3-reft3-seed7: the epochs, then what differs from PAPER (in a smoke run, from SMOKE_VALUES)."""
-    absent = []
-    if part != "run":
-        absent += EVALUATION_SETTINGS
-    if part == "lora":  # not "reft": stage 2 depends on stage 1's settings, too
-        absent += ["EPOCHS_REFT", *REFT_SETTINGS]
-    if not settings["EPOCHS_LORA"]:
-        absent += LORA_SETTINGS
-    if not settings["EPOCHS_REFT"]:
-        absent += REFT_SETTINGS
-    names = [name for name in ("EPOCHS_LORA", "EPOCHS_REFT", *PAPER) if name not in absent]
-    usual = PAPER | (SMOKE_VALUES if settings["SMOKE"] else {})  # without the epochs, which are always named
-    parts = []
-    for name in names:
+def legal_value(setting, text):
+    """The value of a setting from the text of a flag or a constant."""
+    with contextlib.suppress(ValueError, IndexError):
+        value = setting.convert(text)
+        if setting.is_legal(value):
+            return value
+    raise argparse.ArgumentTypeError(f"must be {setting.words} (it is {text!r})")
+
+
+def deciding_settings(settings, part):
+    """Names of the settings that decide the outcome of "lora" (stage 1), "reft" (stage 2) or "run"."""
+    epochs = ["EPOCHS_LORA"] if part == "lora" else ["EPOCHS_LORA", "EPOCHS_REFT"]
+    parts = ["stages", "evaluation"] if part == "run" else ["stages"]
+    parts += ["lora"] if settings["EPOCHS_LORA"] else []
+    parts += ["reft"] if settings["EPOCHS_REFT"] and part != "lora" else []
+    return epochs + [name for name, setting in SETTINGS.items() if setting.decides in parts]
+
+
+def name_of(settings, part):
+    """Such as lora3-reft3-seed7: the epochs, then what differs from the paper (or from the smoke run)."""
+    usual = {name: setting.paper for name, setting in SETTINGS.items()}
+    usual |= SMOKE_VALUES if settings["SMOKE"] else {}
+    words = []
+    for name in deciding_settings(settings, part):
         value = settings[name]
-        if name not in usual or value != usual[name]:
-            text = os.path.basename(value.rstrip("/")) if isinstance(value, str) else f"{value:.10g}"
-            parts.append(re.sub(r"[^A-Za-z0-9._+]+", "_", PREFIX.get(name, name.lower()) + text))
-    hashed = ("BASE_MODEL", "DATASET")  # plan_run identifies these by their content
-    return "-".join(parts), {name: settings[name] for name in names if name not in hashed}
+        if value != usual[name]:
+            text = value if isinstance(value, str) else f"{value:.10g}"
+            if name in ("BASE_MODEL", "DATASET"):
+                text = os.path.basename(value.rstrip("/"))
+            words.append(re.sub(r"[^A-Za-z0-9._+]+", "_", SETTINGS[name].prefix + text))
+    return shortened("-".join(words), 200)  # a file's name, with its ending, may have 255 bytes
+
+
+def shortened(name, limit):
+    """The name; a longer one than `limit` characters ends with a hash."""
+    return name if len(name) <= limit else f"{name[: limit - 17].rstrip('-.')}-{digest(name)}"
+
+
+def made_with(settings, part, **hashes):
+    """All that decides the outcome of a part: its settings and, as hashes, its code, model and data."""
+    names = set(deciding_settings(settings, part)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
+    hashes["CODE_OF_STAGES"] = code_hash("def main():", "# ----- Evaluation")
+    if part == "run":
+        hashes["CODE_OF_EVALUATION"] = code_hash("# ----- Evaluation", "# ======")
+    return {name: settings[name] for name in SETTINGS if name in names} | hashes
+
+
+def code_hash(start, end):
+    """Hash of this script from the line `start` to the line `end`, without comments and blank lines."""
+    text = SOURCE[SOURCE.index(f"\n{start}") : SOURCE.index(f"\n{end}")]
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return digest([line.rstrip() for line in lines if line.strip()])
+
+
+@functools.cache
+def script_version():
+    """Commit (None outside a git repository, as in a cluster's job) and SHA-256 of this script."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit or None, "script_sha256": hashlib.sha256(SOURCE.encode()).hexdigest()}
+
+
+def version_text(content):
+    """The version of the script that a record, checkpoint or result names, in a few words."""
+    commit = f"commit {content['commit']}, " if content["commit"] else ""
+    return f"{commit}script {content['script_sha256'][:8]}"
 
 
 # ----- Errors: one line for what the user can fix (status 2) or what failed outside (1), else a traceback
@@ -671,10 +672,9 @@ def stop_if(condition, message, status=2):
 
 
 @contextlib.contextmanager
-def explained(what):
-    """Turn any error of a library within the block into a Stop whose message begins with `what`.
-
-    Its status is 1 if the Hub is unreachable or fails, and 2 otherwise: the user can fix it."""
+def explained(what, status=2):
+    """Turn an error of a library into a Stop whose message begins with `what`; of status 1 if the Hub fails.
+    Keep the block small: it hides bugs, too (HEFT_TRACEBACK=1 shows them)."""
     try:
         yield
     except (Stop, torch.OutOfMemoryError):
@@ -682,13 +682,10 @@ def explained(what):
     except Exception as error:
         if isinstance(error, GatedRepoError):
             what = f"request access at https://huggingface.co/{error.repo_id}, and set HF_TOKEN to your token"
-        response = getattr(error, "response", None)
-        if response is not None:  # the Hub has answered
-            status = 2 if response.status_code in (400, 401, 403, 404) else 1
-        else:
-            unreachable = (RequestError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
-            status = 1 if isinstance(error, unreachable) and not huggingface_hub.is_offline_mode() else 2
-        raise Stop(f"{what} ({first_line(error)})", status) from error
+        answer = getattr(getattr(error, "response", None), "status_code", 0)  # the Hub's, such as 404
+        unreachable = (httpx2.RequestError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
+        no_answer = isinstance(error, unreachable) and not answer and not huggingface_hub.is_offline_mode()
+        raise Stop(f"{what} ({first_line(error)})", 1 if answer > 404 or no_answer else status) from error
 
 
 def first_line(error):
@@ -702,31 +699,134 @@ def report_error(error):
     if isinstance(error, torch.OutOfMemoryError):
         smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
         error = Stop(f"GPU memory is full: set {smaller}, or use a GPU with more memory", 1)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = Stop(f"the disk is full ({error.filename}): make room; the same command then continues", 1)
-    if not isinstance(error, Stop):
-        traceback.print_exception(error)
-        return 1
-    tqdm.write(f"heft: error: {error}", file=sys.stderr)  # not within a progress bar
-    return error.status
+    if isinstance(error, OSError) and error.filename:  # such as a full disk
+        error = Stop(f"{error.filename}: {error.strerror}; when that is fixed, the same command continues", 1)
+    with contextlib.suppress(OSError, ValueError):  # nobody can read it, but the status counts
+        if not isinstance(error, Stop) or os.environ.get("HEFT_TRACEBACK"):
+            traceback.print_exception(error)
+        if isinstance(error, Stop):
+            print(f"heft: error: {error}", file=sys.stderr)
+    return error.status if isinstance(error, Stop) else 1
 
 
-def set_up_libraries():
-    """Keep their messages off the screen (this script reports what goes wrong); give the Hub a timeout."""
+# ----- The process: screen, signals, progress
+def say(text):
+    """Print a line. When nobody can read any more (a closed terminal), the run goes on: results are files."""
+    text = text.encode(getattr(sys.stdout, "encoding", None) or "utf-8", "replace").decode(errors="replace")
+    try:
+        print(text, flush=True)  # flush: keeps a job's log up to date
+    except (OSError, ValueError):
+        sys.stdout = None  # print then does nothing
+
+
+def set_up_process():
+    """Prepare screen, signals and libraries, whose own messages stay off the screen."""
+    if SMOKE:
+        globals()["DEVICE"] = "cpu"
+    for number in STOP_STATUS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     huggingface_hub.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    huggingface_hub.set_client_factory(hub_client)
+    if PUSH_TO_HUB or not (os.path.isdir(BASE_MODEL) and os.path.isdir(DATASET)):
+        with explained("cannot connect to the Hub: correct or unset SSL_CERT_FILE, SSL_CERT_DIR and *_PROXY"):
+            hooks = huggingface_hub.get_session().event_hooks
+        # huggingface_hub's own client would wait for a stalled Hub for ever. timeout: in seconds.
+        client = partial(httpx2.Client, event_hooks=hooks, follow_redirects=True, timeout=60)
+        huggingface_hub.set_client_factory(client)
 
 
-def hub_client():
-    """huggingface_hub's HTTP client, with a timeout: by default, it waits for a stalled Hub for ever."""
-    default = huggingface_hub.utils._http.default_client_factory
-    with explained("cannot connect to the Hub: correct or unset SSL_CERT_FILE, SSL_CERT_DIR and *_PROXY"):
-        client = default()
-    client.timeout = 60  # seconds
-    return client
+delayed = False  # True in training, where a step that has begun is to end with a checkpoint
+pending_signal = None  # the signal that came meanwhile
+
+
+def on_signal(number, _frame):
+    """End the program or, while signals are delayed, only remember the first one for save_and_stop."""
+    global pending_signal
+    impatient = pending_signal and number == signal.SIGINT  # a second Ctrl-C
+    if delayed and not impatient:
+        pending_signal = pending_signal or number
+        return
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\nstopped by {signal.Signals(number).name}; the same command continues\n".encode())
+    sys.exit(STOP_STATUS[number])
+
+
+@contextlib.contextmanager
+def delayed_signals():
+    """Within the block, a first signal does not end the program."""
+    global delayed
+    delayed = True
+    yield
+    delayed = False
+    if pending_signal:  # it came after the last step, which has saved a checkpoint
+        on_signal(pending_signal, None)
+
+
+def log_progress(record, began, unit, done, total, text):
+    """Update the record; print a line after the first step, every 50 (the paper's logging_steps) and the
+    last. began: time.monotonic() when the part began, less the seconds before it was interrupted."""
+    record["seconds"] = time.monotonic() - began
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # of the process so far; Linux counts in KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record["peak_memory_gb"] = max(record["peak_memory_gb"], peak / 1e9)
+    if total > 1 and (done % 50 == 0 or done in (1, total)):
+        pace = record["seconds"] / done
+        left = timedelta(seconds=round(pace * (total - done)))
+        say(f"{unit} {done} of {total}: {text}, {pace:.2f} s per {unit}, {left} left")
+
+
+# ----- Reading data
+def read_rows(split):
+    """All rows of a split, in order: dicts with question and passage (text) and answer (bool, 0 or 1)."""
+    rows = []
+    for location, row in (read_folder if os.path.isdir(DATASET) else read_hub)(split):
+        with explained(f"{location}: a row needs question and passage (text) and answer (true or false)"):
+            if isinstance(row, bytes):  # from read_folder; parsed here, so that an error names its line
+                row = json.loads(row.decode(), object_pairs_hook=without_repetition)
+            for key in ("question", "passage"):
+                if not isinstance(row[key], str) or re.search(r"[\ud800-\udfff]", row[key]):
+                    raise ValueError(f"its {key} is not text")
+            if not isinstance(row["answer"], int) or row["answer"] not in (0, 1):
+                raise ValueError(f"its answer is {row['answer']!r}")
+        rows.append(row)
+    stop_if(not rows, f"the {split} split of the dataset {DATASET!r} is empty")
+    return rows
+
+
+def without_repetition(pairs):
+    """A JSON object as a dict. json alone would take the last of equal keys."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("it has a key twice")
+    return dict(pairs)
+
+
+def read_folder(split):
+    """(location, line) of each line of DATASET/<split>.jsonl. Nothing is guessed: a row is a line of JSON."""
+    path = Path(DATASET, f"{split}.jsonl")
+    convert = f"datasets.load_dataset(...)[{split!r}].to_json({path.name!r}) writes it"
+    with explained(f"cannot read {path}, which a dataset folder must contain: {convert}"):
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def read_hub(split):
+    """(location, row) of each row of the Hub's dataset DATASET, whose columns must have BoolQ's types."""
+    no_name = f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq"
+    stop_if(DATASET.count("/") != 1, no_name)
+    check_download_locks("datasets", DATASET)
+    with explained(f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"):
+        rows = datasets.load_dataset(DATASET, split=split)
+    for name, dtype in {"question": "string", "passage": "string", "answer": "bool"}.items():
+        found = getattr(rows.features.get(name), "dtype", None)
+        wrong = found not in (dtype, f"large_{dtype}")
+        stop_if(wrong, f"{name} in {DATASET!r} must be {dtype}, as in google/boolq, not {found}")
+    return [(f"{DATASET}, {split}, row {number}", row) for number, row in enumerate(rows.to_list(), 1)]
 
 
 # ----- The base model and the machine, checked before anything takes time
@@ -738,44 +838,114 @@ class BaseModel:
     """BASE_MODEL without its weights."""
 
     folder: Path  # BASE_MODEL or, of a model on the Hub, its copy in the cache
-    version: str  # hash of the files that decide its outputs; of a model on the Hub, its commit
+    content: str  # hash of the files that decide its outputs
     tokenizer: transformers.PreTrainedTokenizerBase
     meta_model: torch.nn.Module  # the model without weights, on the "meta" device
+    lora_targets: list  # names of the layers that LoRA adapts
 
 
 def inspect_base_model():
     """The BaseModel that BASE_MODEL names. Stop if it cannot be loaded, trained, merged or prompted."""
-    with explained(f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"):
-        if os.path.isdir(BASE_MODEL):
-            folder = Path(BASE_MODEL)
-            weights = any(folder.glob("*.safetensors"))
-            stop_if(not weights, f"the folder {BASE_MODEL!r} holds no weights in safetensors form")
-        else:
-            small = dict(allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
-            quiet = dict(tqdm_class=partial(tqdm, disable=True))
-            folder = Path(huggingface_hub.snapshot_download(BASE_MODEL, **small, **quiet))
+    if os.path.isdir(BASE_MODEL):
+        folder = Path(BASE_MODEL)
+    else:
+        folder = download(BASE_MODEL, BASE_REVISION or None, ["*.json", "*.model", "*.txt", "*.jinja"])
+    usable = f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"
+    with explained(usable):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
-        stop_if(not plain, f"{BASE_MODEL!r} is multimodal or quantized: use a plain language model")
-        adapter = (folder / "adapter_config.json").exists()  # transformers would attach it unasked
-        stop_if(adapter, f"{BASE_MODEL!r} holds a PEFT adapter, too: merge it, or move it away")
+    plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
+    stop_if(not plain, f"{BASE_MODEL!r} is multimodal or quantized: use a plain language model")
+    adapter = (folder / "adapter_config.json").exists()  # transformers would attach it unasked
+    stop_if(adapter, f"{BASE_MODEL!r} holds a PEFT adapter, too: merge it, or move it away")
+    with explained(usable):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-        with torch.device("meta"):
-            meta_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
-        check_tokenizer(tokenizer)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as in the paper
-        check_stages(meta_model)
-        patterns = ["*.safetensors", "config.json", *TOKENIZER_FILES]
-        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-        commit = None if os.path.isdir(BASE_MODEL) else folder.name
-        model_version = commit or digest({file.name: digest(file) for file in files})
-    return BaseModel(folder, model_version, tokenizer, meta_model)
+    check_tokenizer(tokenizer)
+    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+        config.pad_token_id = None  # it is never looked at
+    with explained(usable), torch.device("meta"):
+        meta_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
+    choose_padding(tokenizer, meta_model)
+    lora_targets = check_lora(meta_model) if EPOCHS_LORA else []
+    if EPOCHS_REFT:
+        check_reft(meta_model)
+    with explained(usable):
+        content = content_of_model(folder)
+    return BaseModel(folder, content, tokenizer, meta_model, lora_targets)
 
 
+def content_of_model(folder):
+    """Hash of the names and contents of the files that decide the base model's outputs."""
+    if os.path.isdir(BASE_MODEL) or huggingface_hub.is_offline_mode():
+        weights = {path.name: digest(path) for path in folder.glob("*.safetensors")}
+    else:  # not downloaded yet, but the Hub has their SHA-256
+        info = huggingface_hub.model_info(BASE_MODEL, revision=folder.name, files_metadata=True)
+        files = {file.rfilename: file.lfs for file in info.siblings if "/" not in file.rfilename}
+        weights = {
+            name: lfs.sha256[:16] for name, lfs in files.items() if lfs and name.endswith(".safetensors")
+        }
+    stop_if(not weights, f"{BASE_MODEL!r} holds no weights in safetensors form")
+    patterns = ["config.json", *TOKENIZER_FILES]
+    others = {path.name: digest(path) for pattern in patterns for path in folder.glob(pattern)}
+    return digest(sorted((weights | others).items()))
+
+
+def download(name, revision, patterns):
+    """The folder in the Hub's cache with these files of a model, downloaded if they are not there."""
+    check_download_locks("models", name)
+    at = f"at --base-revision {revision}, " if revision else ""
+    with explained(f"cannot use {name!r} {at}as --base-model, the folder or Hub name of a language model"):
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def check_download_locks(kind, name):
+    """Stop if another process is downloading it: huggingface_hub would wait for its locks without a word."""
+    locks = Path(huggingface_hub.constants.HF_HUB_CACHE, ".locks", f"{kind}--{name.replace('/', '--')}")
+    for path in locks.glob("*.lock"):
+        with path.open() as file:
+            wait = f"another process is downloading {name}: try again when it has ended, or remove {path}"
+            stop_if(not try_lock(file, fcntl.LOCK_SH), wait, status=1)
+
+
+def check_device(base):
+    """Stop if this machine cannot run the model. Its memory is measured later, by check_memory."""
+    size = base.meta_model.num_parameters() / 1e9
+    if DEVICE == "cuda":
+        able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
+        stop_if(not able, f"{device_name()} has no bfloat16 in hardware: use another GPU, or --dtype float32")
+    else:
+        advice = "use a GPU of 32 GB (condor_submit heft.sub; nvidia-smi shows its driver), or try --smoke"
+        stop_if(size > 2, f"no GPU found, and {BASE_MODEL!r} has {size:.1f} billion parameters: {advice}")
+
+
+def device_name():
+    """The GPU's name, or the processor's and the number of threads."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")  # Linux
+    name = re.search(r"model name\s*: (.*)|$", about.read_text("utf-8") if about.exists() else "")[1]
+    return f"CPU {name or os.uname().machine}, {torch.get_num_threads()} threads"
+
+
+def check_memory(forward, examples):
+    """Run the largest possible micro-batches once on a GPU: too little memory shows within seconds."""
+
+    def full_microbatch(example):  # as many copies as fit
+        return [example] * min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
+
+    if DEVICE != "cpu":
+        accumulate_gradients(forward, full_microbatch(max(examples, key=token_count)))
+        most_tokens = max(map(full_microbatch, examples), key=lambda rows: len(rows) * token_count(rows[0]))
+        accumulate_gradients(forward, most_tokens)
+
+
+# ----- Other models, tokenizers and data: the paper's pass all of these checks
 def check_tokenizer(tokenizer):
-    """Stop if it cannot produce the answers."""
-    name = f"the tokenizer of {BASE_MODEL!r}"
-    stop_if(not tokenizer.eos_token, f"{name} has no end-of-sequence token")
+    """Stop if it cannot produce the answers and their end."""
+    name, end = f"the tokenizer of {BASE_MODEL!r}", tokenizer.eos_token
+    stop_if(not end, f"{name} has no end-of-sequence token")
+    ids = tokenizer(f"Yes{end}", add_special_tokens=False)["input_ids"]
+    whole = ids[-1] == tokenizer.eos_token_id
+    stop_if(not whole, f"{name} does not read {end} after a word as that token: see its split_special_tokens")
     for word in ("Yes", "No"):
         plain = tokenizer(word, add_special_tokens=False)["input_ids"]
         ended = tokenizer(word)["input_ids"][-len(plain) :] != plain
@@ -783,41 +953,40 @@ def check_tokenizer(tokenizer):
         stop_if(predict(tokenizer.decode(plain)) != word, f"{name} cannot write {word!r}: use another model")
 
 
-def check_stages(meta_model):
-    """Stop if a stage does not fit the model, or if its update could not be merged."""
-    config = meta_model.config
-    if EPOCHS_REFT:
-        with contextlib.redirect_stdout(None):  # see add_intervention
-            from pyvene import type_to_module_mapping as known
-
-        kind = type(meta_model)
-        stop_if(kind not in known, f"pyvene does not know {kind.__name__}: use --epochs-reft 0")
-        beyond = REFT_LAYER >= config.num_hidden_layers
-        stop_if(beyond, f"--reft-layer {REFT_LAYER}: the blocks are 0 to {config.num_hidden_layers - 1}")
-        stop_if(REFT_RANK > config.hidden_size, f"--reft-rank {REFT_RANK}: the width is {config.hidden_size}")
-    if EPOCHS_LORA:
-        from peft import get_peft_model
-
-        with explained(f"--lora-targets {LORA_TARGETS!r} does not fit {BASE_MODEL!r}"):
-            adapted = get_peft_model(meta_model, lora_config())
-        for target in adapted.peft_config["default"].target_modules:  # PEFT complains only if none is found
-            found = any(f".{name}".endswith(f".{target}") for name in adapted.targeted_module_names)
-            stop_if(not found, f"--lora-targets: no layer of {BASE_MODEL!r} is called {target}")
-        ends = [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
-        adapted_end = any(hasattr(layer, "base_layer") for layer in ends)  # PEFT wraps the layers it adapts
-        shared = config.tie_word_embeddings and adapted_end
-        name = f"--lora-targets {LORA_TARGETS}"
-        stop_if(shared, f"{name}: input and output embeddings are one matrix, so no update can be merged")
-        adapted.unload()  # get_peft_model has changed meta_model itself
+def check_lora(meta_model):
+    """Stop if LoRA does not fit the model, or could not be merged. Returns the adapted layers' names."""
+    flag = f"--lora-targets {LORA_TARGETS!r}"
+    with explained(f"{flag} does not fit {BASE_MODEL!r}"):
+        adapted = get_peft_model(meta_model, lora_config())
+    targets = sorted(adapted.peft_config["default"].target_modules)
+    for target in targets:  # PEFT complains only if none is found
+        found = any(f".{name}".endswith(f".{target}") for name in adapted.targeted_module_names)
+        stop_if(not found, f"{flag}: no layer of {BASE_MODEL!r} is called {target}")
+    ends = [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
+    adapted_end = any(hasattr(layer, "base_layer") for layer in ends)  # PEFT wraps the layers it adapts
+    shared = meta_model.config.tie_word_embeddings and adapted_end
+    stop_if(shared, f"{flag}: input and output embeddings are one matrix, so no update can be merged")
+    adapted.unload()  # get_peft_model has changed meta_model itself
+    return targets
 
 
-def check_lengths(base, examples, questions):
-    """Stop if a row is longer than the model allows, or has a token outside its vocabulary."""
+def check_reft(meta_model):
+    """Stop if LoReFT does not fit the model."""
+    config, kind = meta_model.config, type(meta_model)
+    stop_if(kind not in type_to_module_mapping, f"pyvene does not know {kind.__name__}: use --epochs-reft 0")
+    last = config.num_hidden_layers - 1
+    stop_if(REFT_LAYER > last, f"--reft-layer {REFT_LAYER}: the blocks are 0 to {last}")
+    stop_if(REFT_RANK > config.hidden_size, f"--reft-rank {REFT_RANK}: the width is {config.hidden_size}")
+
+
+def check_data(base, train_rows, examples, questions):
+    """Stop if a row is longer than the model allows, or has tokens that the model does not know."""
     prompts = [question["tokens"] for question in questions]
     texts = [*prompts, *(example["input_ids"] for example in examples)]
     highest = max(base.tokenizer.eos_token_id, base.tokenizer.pad_token_id, *map(max, texts))
-    words = base.meta_model.get_input_embeddings().weight.shape[0]
-    stop_if(highest >= words, f"{BASE_MODEL!r} has {words} tokens, its tokenizer produces number {highest}")
+    size = base.meta_model.get_input_embeddings().weight.shape[0]
+    stop_if(highest >= size, f"{BASE_MODEL!r} has {size} tokens, its tokenizer produces number {highest}")
+    check_tokenizer_file(base, [row["prompt"] for row in [*train_rows, *questions]])
     longest = max(*map(len, texts), *(len(prompt) + MAX_NEW_TOKENS for prompt in prompts))
     limits = [getattr(base.meta_model.config, "max_position_embeddings", None)]
     config = base.meta_model.config.to_dict()
@@ -833,74 +1002,44 @@ def check_lengths(base, examples, questions):
     stop_if(longest > limit, f"{BASE_MODEL!r} takes {limit} tokens, and a row has {longest}: {remedy}")
 
 
-def check_device(base):
-    """Stop if this machine cannot run the model. Its memory is measured later, by check_memory."""
-    size = base.meta_model.num_parameters() / 1e9
-    if DEVICE == "cuda":
-        able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
-        stop_if(not able, f"{DEVICE_NAME} has no bfloat16 in hardware: use another GPU, or --dtype float32")
-    elif size > 2:
-        advice = "use a GPU of 32 GB (condor_submit heft.sub), or try --smoke"
-        with explained(f"no GPU found, and {BASE_MODEL!r} has {size:.1f} billion parameters: {advice}"):
-            torch.cuda.init()  # its error says whether there is no GPU or its driver is too old
+def check_tokenizer_file(base, prompts):
+    """Stop if transformers' tokenizer ignores a part of tokenizer.json, with which the model was trained.
+    Spaces are not compared: Llama 2's class adds fewer than its file, as the paper's slow tokenizer does."""
+    file = base.folder / "tokenizer.json"
+    if not file.exists():
+        return
+    as_written = Tokenizer.from_file(str(file))
+    as_written.no_padding()
+    as_written.no_truncation()
+    written = as_written.encode_batch(prompts, add_special_tokens=False)
+    for ids, expected in zip(base.tokenizer(prompts, add_special_tokens=False)["input_ids"], written):
+        tokens = [token.replace("▁", "") for token in base.tokenizer.convert_ids_to_tokens(ids)]
+        expected = [token.replace("▁", "") for token in expected.tokens]
+        other = list(filter(None, tokens)) != list(filter(None, expected))
+        stop_if(other, f"transformers ignores a part of {file}: use another model")
 
 
-def check_folders():
-    """Create the folders for output. Stop if they cannot be written, or if one is the base model's."""
-    same = MERGED_DIR and Path(MERGED_DIR).resolve() == Path(BASE_MODEL).resolve()
-    stop_if(same, "--merged-dir is the folder of the base model, which it would overwrite")
-    for folder in filter(None, (OUTPUT_DIR, RESULTS_DIR, MERGED_DIR)):
-        with explained(f"cannot write in the folder {folder!r}: choose another"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-
-
-def load_base_model(base):
-    """The causal language model BASE_MODEL in DTYPE on the device; from safetensors only."""
-    with explained(f"cannot load the model {BASE_MODEL!r}"):
-        if not os.path.isdir(BASE_MODEL):  # the weights join the other files of this commit, in base.folder
-            weights = dict(revision=base.version, allow_patterns="*.safetensors")
-            huggingface_hub.snapshot_download(BASE_MODEL, **weights)
-        # Its own generation_config.json would fill in what generate_answers leaves open.
-        options = dict(generation_config=GenerationConfig(), use_safetensors=True, output_loading_info=True)
-        options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE)
-        model, loading = AutoModelForCausalLM.from_pretrained(base.folder, **options)
-    missing = sorted(loading["missing_keys"])
-    stop_if(missing, f"the model {BASE_MODEL!r} lacks weights: {', '.join(missing[:3])} ...")
-    model.name_or_path = BASE_MODEL  # PEFT writes it into the adapter: not the path of the Hub's cache
-    return model
-
-
-def reset_peak_memory():
-    """Reset the peak that peak_memory reports."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux; elsewhere the peak is that of the process so far
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory():
-    """Largest memory held since reset_peak_memory, in GB: the GPU's or, without one, this process's."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated() if DEVICE == "cuda" else own) / 1e9
-
-
-# ----- Stages and their records: heft.json, written last into a stage's folder, says what made its weights
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")  # the names that PEFT gives
-
-
+# ----- Stages and their records
+# OUTPUT_DIR/lora3/                stage 1: adapter_model.safetensors, adapter_config.json, heft.json
+# OUTPUT_DIR/lora3-reft3/          stage 2: intkey_*.bin (the intervention), config.json, heft.json
+# OUTPUT_DIR/lora3-reft3/adapter/  a copy of the stage 1 that stage 2 was trained on
+# OUTPUT_DIR/*/heft.json           the stage's record, written last: what made the weights, and their hashes
+# OUTPUT_DIR/*/checkpoint.pt       of an unfinished stage: its record so far, weights and optimizer
+# OUTPUT_DIR/*/lock                locked by the process that trains the stage, for as long as it lives
+# RESULTS_DIR/lora3-reft3.json     the result; .predictions.jsonl is beside it
 @dataclass
 class Stage:
-    """One training stage: what decides its weights, where they are stored, and its record."""
+    """One training stage as planned, and its record once it is finished."""
 
+    part: str  # lora or reft
     title: str  # in messages: "stage 1, LoRA"
-    epochs: int  # passes over the data; 0: the run has no such stage
-    decided_by: dict  # what decides its weights: settings; hashes of model, data and, when known, stage 1
-    folder: Path  # holds heft.json and `files` when the stage is finished, and checkpoint.pt before
-    files: tuple  # names of the weights and of their configuration, as PEFT or pyvene gives them
-    repo: str  # its repository on the Hub, owner/name (without the owner until the Hub is queried)
-    record: dict | None = None  # content of heft.json; None: the stage is not finished
-    on_hub: Path | bool | None = None  # downloaded copy; False: the repository has none; None: not known
+    epochs: int  # passes over the data
+    made_with: dict  # all that decides its weights, apart from the stage below
+    folder: Path  # where it is stored (stage 1: stage 2's folder adapter/, if it is there)
+    repo: str  # its repository on the Hub, owner/name
+    below: "Stage | None" = None  # the stage that it is trained on
+    record: dict | None = None  # content of heft.json; None: not finished
+    hub_record: dict | None = None  # content of heft.json in the repository; None: not there
 
 
 @dataclass
@@ -908,347 +1047,458 @@ class Run:
     """What is evaluated: the base model after the stages that have epochs."""
 
     name: str  # such as lora3-reft3-seed7
-    lora: Stage
-    reft: Stage
-    decided_by: dict  # all that decides the result, except the stages' weights: the result names their hashes
-    provenance: dict  # for the result: all settings; commit and hash of this script
+    lora: Stage | None
+    reft: Stage | None
+    made_with: dict  # all that decides the result, apart from the stages' weights
     file: Path  # of the result
     result: dict | None = None  # content of the file; None: not evaluated yet
 
     @property
     def stages(self):
         """The stages that the run has."""
-        return [stage for stage in (self.lora, self.reft) if stage.epochs]
+        return [stage for stage in (self.lora, self.reft) if stage]
+
+    @property
+    def files(self):
+        """Where its result and its stages are, as text."""
+        return ", ".join(map(str, [self.file, *(stage.folder for stage in self.stages)]))
 
 
 def plan_run(settings, base, train_rows, questions):
     """The Run: its stages, all that decides it, and the folders it uses."""
-    # FORMAT: increase it when what older versions of this script made must not be reused.
-    made_from = {"FORMAT": 3, "BASE_VERSION": base.version, "TRAIN_DATA": digest(train_rows)}
+    hashes = dict(BASE_MODEL_FILES=base.content, TRAIN_DATA=digest(train_rows))
 
-    def planned(part, title, epochs, repo, files):
-        name, deciding = identity(settings, part)
-        repo = repo or hub_name(name)
-        return Stage(title, epochs, deciding | made_from, Path(OUTPUT_DIR, name), files, repo)
+    def planned(part, title, epochs, repo, below=None):
+        if not epochs:
+            return None
+        name = name_of(settings, part)
+        # The Hub allows names of at most 96 characters, without -- and ..
+        repo = repo or shortened(re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_")), 96)
+        if PUSH_TO_HUB and "/" not in repo:
+            repo = f"{HF_USER or hub_account()['name']}/{repo}"
+        decided_by = made_with(settings, part, **hashes)
+        return Stage(part, title, epochs, decided_by, Path(OUTPUT_DIR, name), repo, below)
 
-    reft_files = (f"intkey_layer_{REFT_LAYER}_comp_block_output_unit_pos_nunit_1#0.bin", "config.json")
-    lora = planned("lora", "stage 1, LoRA", EPOCHS_LORA, HF_REPO_LORA, ADAPTER_FILES)
-    reft = planned("reft", "stage 2, LoReFT", EPOCHS_REFT, HF_REPO_REFIT, reft_files)
-    name, deciding = identity(settings, "run")
-    deciding |= made_from | {"VALIDATION_DATA": digest(questions)}
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    provenance = {"settings": settings, "commit": commit or None, "script_sha256": digest(Path(__file__), 64)}
-    file = Path(RESULTS_DIR, RESULTS_FILE or f"{name}.json")
-    return Run(name, lora, reft, deciding, provenance, file)
+    lora = planned("lora", "stage 1, LoRA", EPOCHS_LORA, HF_REPO_LORA)
+    reft = planned("reft", "stage 2, LoReFT", EPOCHS_REFT, HF_REPO_REFIT, below=lora)
+    name = name_of(settings, "run")
+    decided_by = made_with(settings, "run", **hashes, VALIDATION_DATA=digest(questions))
+    return Run(name, lora, reft, decided_by, Path(RESULTS_DIR, RESULTS_FILE or f"{name}.json"))
 
 
 def already_done(run):
-    """Set `result` and query the Hub. True, after a message, if nothing is left to do."""
-    run.result = read_matching(run.file, run.decided_by)
-    if PUSH_TO_HUB and run.stages:
-        query_hub(run)
-    pushed = not PUSH_TO_HUB or all(stage.on_hub for stage in run.stages)
-    if not run.result or not pushed or MERGED_DIR:
+    """Read the result and query the Hub. True, after a message, if nothing is left to do."""
+    run.result = read_made(run.file, run.made_with)
+    if PUSH_TO_HUB:
+        query_hub(run.stages)
+    if not run.result or not all(stage.hub_record for stage in run.stages if PUSH_TO_HUB):
         return False
-    print(f"already done: {run.file}; move it away to evaluate again\n{SUMMARY.format(**run.result)}")
+    say(f"already done: {run.file}; move it away to evaluate again\n{summary(run.result)}")
+    for stage in run.stages:
+        if stage.hub_record and weights_hash(stage.hub_record) != run.result["weights"][stage.part]:
+            say(f"note: {stage.repo} holds {stage.title} of another run of the same settings")
     return True
 
 
-def find_finished_stages(run):
-    """Set `record` and `folder` of the finished stages. Stop if they or the result do not fit together."""
-    # A stage 2 is used only with the stage 1 it was trained on, which lies in its folder: look there first.
-    if EPOCHS_REFT:
-        reuse(run.reft, run.reft.folder, run.reft.on_hub)
-    if EPOCHS_LORA:
-        reuse(run.lora, run.reft.folder / "adapter", run.lora.folder, run.lora.on_hub)
-    if run.reft.record:
-        read_matching(run.reft.folder / "heft.json", {"STAGE_1": weights_hash(run.lora)})
-    if run.result:  # what is pushed or merged now are the weights it was measured on
-        read_matching(run.file, stage_hashes(run))
+def claim_stages(run):
+    """Read the records of finished stages, from here or the Hub. Stop if something does not fit together.
+    The others are locked until this process ends: another run that needs them stops at once."""
+    read_records(run.lora, run.reft)
+    for folder in (OUTPUT_DIR, RESULTS_DIR):
+        with explained(f"cannot write in the folder {folder!r}: choose another"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    for stage in run.stages:
+        if not stage.record:
+            lock(stage.folder)
+            if stage.hub_record:
+                copy_from_hub(stage)
+    read_records(run.lora, run.reft)  # again: from here on, nobody else changes them
+    for stage in run.stages:
+        # A finished result is here only to be pushed, with the weights that it was measured on.
+        other = run.result and run.result["weights"][stage.part] != weights_hash(stage.record)
+        advice = "move it away to evaluate again, or use --no-push-to-hub"
+        stop_if(other, f"{run.file} was not measured on the {stage.title} in {stage.folder}: {advice}")
+        if stage.record:
+            say(f"{stage.title} is finished in {stage.folder}")
 
 
-def weights_hash(stage):
-    """The hash of a stage's weights; None if it is not finished, or if the run does not have it."""
-    return stage.record["weights"] if stage.record else None
+def read_records(lora, reft):
+    """Set the record of each finished stage. Stop if a folder holds another one's, or a wrong checkpoint."""
+    reft_so_far = None
+    if reft:
+        reft.record = read_record(reft)
+        reft_so_far = reft.record or read_checkpoint(reft)
+    if lora:
+        # A stage 2 is used only with the stage 1 that it was trained on, which is in its folder.
+        if reft and os.path.exists(reft.folder / "adapter/heft.json"):
+            lora.folder = reft.folder / "adapter"
+        lora.record = read_record(lora)
+        if not lora.record:
+            read_checkpoint(lora)  # one of other settings is refused now, not after hours
+    if reft_so_far and reft_so_far["below"] != weights_hash(lora and lora.record):
+        raise Stop(f"{reft.folder} was trained on another stage 1, which is missing: move it away")
 
 
-def stage_hashes(run):
-    """The weights that the run's result is measured on, as hashes."""
-    return {"STAGE_1": weights_hash(run.lora), "STAGE_2": weights_hash(run.reft)}
+def read_record(stage):
+    """The stage's record; None if it is not finished. Stop if its files are not what the record describes."""
+    record = read_made(stage.folder / "heft.json", stage.made_with)
+    changed = record and hashes_of(stage.folder, record["files"]) != record["files"]
+    stop_if(changed, f"the files in {stage.folder} are not what heft.json there describes: move them away")
+    return record
 
 
-def reuse(stage, *folders):
-    """Use the first of the folders that holds the finished stage. Stop if one holds another run's files."""
-    for folder in filter(None, folders):
-        record = read_matching(folder / "heft.json", stage.decided_by)
-        if record:
-            weights = folder / stage.files[0]
-            intact = weights.exists() and digest(weights) == record["weights"]
-            stop_if(not intact, f"{weights} is not what heft.json beside it describes: move these files away")
-            stage.record, stage.folder = record, folder
-            print(f"{stage.title} is finished in {folder}")
-            return
-        # A checkpoint of other settings is refused now, not after hours.
-        read_matching(folder / "checkpoint.pt", checkpoint_settings(stage))
+def read_checkpoint(stage):
+    """The record so far of an unfinished stage, with `tensors` and `optimizer`; None if there is none.
+
+    The micro-batch size must be that of its beginning, as it changes the dropout masks."""
+    expected = stage.made_with | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
+    return read_made(stage.folder / "checkpoint.pt", expected)
 
 
-def read_matching(file, expected, place=None):
-    """The record, checkpoint or result in `file`, None if there is none.
-
-    Stop if it is damaged, or made with other values of the settings in `expected`. place: what to call it."""
+def read_made(file, expected, name=None):
+    """The record, checkpoint or result in `file`; None if there is none. Stop if it is damaged, or made with
+    other settings, code, model or data than `expected`. name: what messages call it."""
     if not os.path.exists(file):
         return None
-    data = file.read_bytes()
-    with explained(f"{place or file} is damaged or not of this program: move it away"):
+    name, data = name or file, file.read_bytes()
+    with explained(f"{name} is damaged or not of this version of the program: move it away"):
         content = torch.load(io.BytesIO(data), "cpu") if file.suffix == ".pt" else json.loads(data)
-        # A setting that is newer than the file had the paper's value when the file was written.
-        found = PAPER | content["settings"]
-    other = [f"{k.lower()} {found.get(k)!r}, not {v!r}" for k, v in expected.items() if found.get(k) != v]
+        found = {key: setting.paper for key, setting in SETTINGS.items()} | content["made_with"]
+        version = version_text(content)
+    other = [key for key, value in expected.items() if found.get(key) != value]
+    values = [
+        f"{key.lower()} {found.get(key)!r}, not {expected[key]!r}" for key in other if "CODE" not in key
+    ]
     advice = "use those, move it away, or choose another --output-dir, --results-dir or repository"
-    stop_if(other, f"{place or file} was made with {'; '.join(other)}: {advice}")
-    return content
+    stop_if(values, f"{name} was made with {'; '.join(values)}: {advice}")
+    if "CODE_OF_STAGES" in other:
+        ways = "to keep both, use --tag WORD, or another --output-dir and --results-dir (or repository)"
+    else:
+        ways = "to evaluate again, move it away or choose another --results-dir"
+    code = f"{name} was made by other code, {version}; this is {version_text(script_version())}"
+    accept = "to use it all the same, add --accept-other-code; or go back to that version"
+    stop_if(other and not ACCEPT_OTHER_CODE, f"{code}: {ways}; {accept}")
+    return content | ({"other_code": version} if other else {})
 
 
-def new_record():
-    """A record without training."""
+def new_record(stage=None):
+    """The record of a part that begins: what it is made with, and where. stage: None for the evaluation."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     packages = "transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}  # +cpu or +cu128
-    return {
-        "device": DEVICE_NAME,
+    return script_version() | {
+        "made_with": stage.made_with if stage else None,
+        "below": weights_hash(stage.below.record) if stage and stage.below else None,
+        "device": device_name(),
         "versions": versions | {name: version(name) for name in packages},
         "tokens_per_microbatch": TOKENS_PER_MICROBATCH,
-        "loss": [],  # of each step
+        "loss": [],
         "seconds": 0.0,
         "peak_memory_gb": 0.0,
     }
 
 
-def checkpoint_settings(stage):
-    """All that decides the steps after a checkpoint: the micro-batch size changes the dropout masks."""
-    return stage.decided_by | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
-
-
-def restore_checkpoint(stage, tensors, optimizer):
+def resume(stage, tensors, optimizer):
     """Restore the state in the stage's checkpoint, if there is one. Returns the record so far."""
-    file = stage.folder / "checkpoint.pt"
-    state = read_matching(file, checkpoint_settings(stage))
-    if not state:
-        return new_record()
-    for tensor, saved in zip(tensors, state["tensors"]):
+    new, record = new_record(stage), read_checkpoint(stage)
+    if not record:
+        return new
+    for tensor, saved in zip(tensors, record.pop("tensors"), strict=True):
         tensor.data.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    record = state["record"]
-    if DEVICE_NAME not in record["device"].split(" + "):
-        record["device"] += f" + {DEVICE_NAME}"
-    print(f"resuming from {file} after step {len(record['loss'])}")
-    return record
+    optimizer.load_state_dict(record.pop("optimizer"))
+    say(f"resuming from {stage.folder / 'checkpoint.pt'} after step {len(record['loss'])}")
+    for key in ("commit", "script_sha256", "device", "versions"):
+        if new[key] != record[key]:
+            record.setdefault("resumed_with", {})[key] = new[key]
+    continued_by = script_version() if "other_code" in record else {}
+    return record | {"made_with": stage.made_with} | continued_by
+
+
+def save_and_stop(record, stage, tensors, optimizer, end_of_epoch):
+    """Save a checkpoint at the end of an epoch, and after a signal, which then ends the program."""
+    stop = pending_signal  # read once: a signal that comes from now on waits for the next step
+    if stop or end_of_epoch:
+        made = stage.made_with | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
+        state = {"tensors": tensors, "optimizer": optimizer.state_dict(), "made_with": made}
+        write(stage.folder / "checkpoint.pt", record | state)
+    if stop:
+        name, step = signal.Signals(stop).name, len(record["loss"])
+        say(f"stopped by {name} after step {step}; the same command continues")
+        sys.exit(STOP_STATUS[stop])
 
 
 def finish(stage, record, write_weights):
     """Save the weights, then the record. write_weights: a function that takes a folder."""
-    with tempfile.TemporaryDirectory(suffix=".tmp", dir=stage.folder) as folder:
-        try:
+    folder = stage.folder / "unfinished.tmp"
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
+    try:
+        with explained(f"cannot write to {stage.folder}: is the disk full?", status=1):
             write_weights(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # not all say that the disk is full
-            if shutil.disk_usage(folder).free < 1e5:
-                raise OSError(errno.ENOSPC, "no space left", stage.folder) from error
-            raise
-        for name in stage.files:
-            Path(folder, name).replace(stage.folder / name)
-    stage.record = record | {"settings": stage.decided_by, "weights": digest(stage.folder / stage.files[0])}
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty model card
+        names = sorted(os.listdir(folder))
+        for name in names:
+            (folder / name).replace(stage.folder / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    stage.record = record | {"files": hashes_of(stage.folder, names)}
     write(stage.folder / "heft.json", json.dumps(stage.record))
     (stage.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def copy_stage(stage, target):
-    """Copy a finished stage into the folder `target`; heft.json, which says that all is there, comes last."""
-    target.mkdir(exist_ok=True)
-    for name in stage.files:
-        shutil.copy(stage.folder / name, target)
-    changed = digest(target / stage.files[0]) != stage.record["weights"]
-    stop_if(changed, f"{stage.folder / stage.files[0]} has changed since it was trained: move it away")
-    write(target / "heft.json", json.dumps(stage.record))
+def copy_stage(record, source, target):
+    """Copy a finished stage. Stop if the copy is not what the record describes; heft.json comes last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in record["files"]:
+        shutil.copy(source / name, target)
+    changed = hashes_of(target, record["files"]) != record["files"]
+    stop_if(changed, f"the files in {source} have changed since they were trained: move them away")
+    write(target / "heft.json", json.dumps(record))
 
 
-@contextlib.contextmanager
-def lock_unfinished(stage):
-    """Let only one process train a stage. After waiting, look again: another one may have finished it."""
-    if stage.record:
-        yield
-        return
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    with open(stage.folder / "lock", "w") as file:  # unlocked when it is closed, or when the process ends
-        wait_for_lock(file)
-        for left in list(stage.folder.glob("**/*.tmp")):  # by a process that was killed while it wrote
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
-        reuse(stage, stage.folder)
-        yield
+def weights_hash(record):
+    """The hash of a finished stage's weights; None without a record. (PEFT's .json has a random order.)"""
+    files = record["files"] if record else {}
+    return next((files[name] for name in files if not name.endswith(".json")), None)
 
 
-def wait_for_lock(file):
-    """Lock an open file. Do nothing if the file system does not support locks."""
-    for second in range(LOCK_SECONDS):
+def hashes_of(folder, names):
+    """{name: hash} of files in a folder; None for one that is missing."""
+    return {name: digest(folder / name) if (folder / name).exists() else None for name in names}
+
+
+held_locks = {}  # open files by folder
+
+
+def lock(folder):
+    """Lock the folder of a stage until this process ends. Stop at once if another one has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder not in held_locks:
+        file = open(folder / "lock", "w")
+        wait = f"another run is training in {folder}: when it has ended, run the same command again"
+        stop_if(not try_lock(file), wait, status=1)
+        held_locks[folder] = file
+
+
+def try_lock(file, kind=fcntl.LOCK_EX):
+    """Lock an open file. False if another process has locked it; True if the file system has no locks."""
+    with contextlib.suppress(OSError):
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if second == 0:
-                print(f"waiting for another run, which holds {file.name}")
-            time.sleep(1)
-        except OSError:
-            return None
-    raise Stop(f"another run still holds {file.name}: try again later, or remove it if there is none", 1)
+            return False
+    return True
 
 
 def digest(content, digits=16):
     """The first digits of the SHA-256 of a file (a Path), or of anything else as JSON."""
     if isinstance(content, Path):
-        return hashlib.file_digest(content.open("rb"), "sha256").hexdigest()[:digits]
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:digits]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:digits]
 
 
 def write(path, content):
     """Write text, or anything else with torch.save, then rename: a reader finds all of it or nothing."""
-    buffer = io.BytesIO()  # torch.save into a file hides that the disk is full
-    if isinstance(content, str):
-        buffer.write(content.encode())
-    else:
-        torch.save(content, buffer)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
+    if not isinstance(content, str):
+        torch.save(content, buffer)  # into a file, it hides that the disk is full
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:  # which may lack the file name
-        raise OSError(error.errno, error.strerror, path) from error
+        with explained(f"cannot write {path}; when that is fixed, the same command continues", status=1):
+            temporary.write_bytes(buffer.getvalue())
+            temporary.replace(path)
     finally:  # half a file would keep a full disk full
         temporary.unlink(missing_ok=True)
 
 
 # ----- The Hub: queried at the start, where errors show early; filled at the end, when everything is on disk
-def hub_name(name):
-    """A name as the Hub allows it: at most 96 characters, and no -- or .. in it."""
-    name = re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_"))
-    return name if len(name) <= 96 else f"{name[:79].rstrip('-.')}-{digest(name)}"
-
-
-def query_hub(run):
-    """Set `on_hub` of the stages. Stop if the token is not valid, or if a repository holds something else."""
-    stages = run.stages
-    advice = "set HF_TOKEN to a valid token, choose other repositories, or use --no-push-to-hub"
+@functools.cache
+def hub_account():
+    """The account of the token, as whoami gives it. Stop if there is no valid token."""
+    advice = "set HF_TOKEN to a valid token, or use --no-push-to-hub"
     stop_if(not huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
-    try:
-        with explained(f"cannot use {' and '.join(stage.repo for stage in stages)} on the Hub: {advice}"):
-            huggingface_hub.whoami()  # fails if the token is not valid
-            for stage in stages:
-                stage.on_hub = find_on_hub(stage)
-    except Stop as stop:
-        if stop.status == 2:  # the user can fix it; 1: the Hub is down
-            raise
-        later = f"the Hub is unreachable, and the same command pushes later ({stop})"
-        stop_if(run.result, f"{run.file} is finished; {later}", 1)
-        print(f"the Hub is unreachable: nothing is reused from it, and pushing is tried at the end ({stop})")
-    same = len({stage.repo for stage in stages}) < len(stages)
-    stop_if(same, f"{stages[0].repo} cannot hold both stages: choose another --hf-repo-refit")
+    with explained(f"the Hub does not accept the token: {advice}"):
+        return huggingface_hub.whoami()
 
 
-def find_on_hub(stage):
-    """Complete stage.repo by its owner and, if that repository holds the finished stage, download it.
-
-    Returns the stage's folder; False if there is nothing yet. Stop if the repository holds anything else.
-    STAGE_1 is not compared: a stage 2 on the Hub brings its own stage 1 along, in adapter/."""
-    if "/" not in stage.repo:
-        stage.repo = f"{HF_USER or huggingface_hub.whoami()['name']}/{stage.repo}"
-    try:
-        files = set(huggingface_hub.list_repo_files(stage.repo)) - {".gitattributes"}
-    except RepositoryNotFoundError:
-        return False
-    if not files:
-        return False
-    foreign = "heft.json" not in files
-    stop_if(foreign, f"the Hub repository {stage.repo} holds something else: choose another, or empty it")
-    names = ["heft.json", "adapter/*", *stage.files]
-    snapshot = Path(huggingface_hub.snapshot_download(stage.repo, allow_patterns=names))
-    expected = {name: value for name, value in stage.decided_by.items() if name != "STAGE_1"}
-    read_matching(snapshot / "heft.json", expected, f"the Hub repository {stage.repo}")
-    # The repository of stage 1 holds the merged model and, in adapter/, the stage.
-    return snapshot / "adapter" if stage.files == ADAPTER_FILES else snapshot
+def query_hub(stages):
+    """Set `hub_record` of the stages. Stop if a repository holds something else or cannot be written."""
+    repos = [stage.repo for stage in stages]
+    both = f"{' and '.join(repos)}: one repository cannot hold both stages; choose another --hf-repo-refit"
+    stop_if(len(set(repos)) < len(repos), both)
+    for stage in stages:
+        stage.hub_record = read_hub_record(stage)
+        account = hub_account()
+        token = account.get("auth", {}).get("accessToken", {})  # a fine-grained one lists what it may do
+        scoped = {"read": False, "fineGrained": "repo.write" in json.dumps(token)}
+        may_write = scoped.get(token.get("role"), True)
+        roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}
+        role = (roles | {account["name"]: "admin"}).get(stage.repo.split("/")[0], "read")
+        refused = not stage.hub_record and (not may_write or role == "read")
+        advice = "set HF_TOKEN to one that may, choose another --hf-user, or use --no-push-to-hub"
+        stop_if(refused, f"the token may not write {stage.repo}: {advice}")
 
 
-def push_stages(model, base, run):
+def read_hub_record(stage):
+    """The record in the stage's repository; None if that is missing or empty. Stop if it has other files."""
+    advice = "choose another, or use --no-push-to-hub"
+    with explained(f"cannot use the Hub repository {stage.repo}: {advice}"):
+        try:
+            files = set(huggingface_hub.list_repo_files(stage.repo)) - {".gitattributes"}
+        except RepositoryNotFoundError:
+            return None
+        if not files:
+            return None
+        foreign = f"the Hub repository {stage.repo} holds something else: {advice}, or empty it"
+        stop_if("heft.json" not in files, foreign)
+        file = huggingface_hub.hf_hub_download(stage.repo, "heft.json")
+    return read_made(Path(file), stage.made_with, f"the Hub repository {stage.repo}")
+
+
+def copy_from_hub(stage):
+    """Copy a stage from its repository into its folder, where it is then found and checked like any other."""
+    say(f"copying {stage.title} from {stage.repo}")
+    with explained(f"cannot copy {stage.title} from the Hub repository {stage.repo}"):
+        patterns = ["heft.json", "adapter/*", *stage.hub_record["files"]]
+        source = Path(huggingface_hub.snapshot_download(stage.repo, allow_patterns=patterns))
+        adapter = source / "adapter"  # stage 1: beside the merged model, or below stage 2
+        if stage.part == "lora":
+            source = adapter
+        elif stage.below:
+            copy_stage(json.loads((adapter / "heft.json").read_text()), adapter, stage.folder / "adapter")
+        copy_stage(stage.hub_record, source, stage.folder)
+
+
+def push_stages(run, model, base):
     """Upload the finished stages that the Hub does not have. Stop with status 1 if that fails."""
     failed = []
     for stage in run.stages:
         try:
-            if not stage.on_hub:
-                push(stage, model, base, run)
+            if not stage.hub_record:
+                push(stage, run, model, base)
         except Exception as error:  # of many types; the other stage is pushed all the same
             failed.append(f"{stage.title} to {stage.repo} ({first_line(error)})")
     later = f"everything is saved; to push later, run: {shlex.join(['python', *sys.argv])}"
     stop_if(failed, f"not pushed: {'; '.join(failed)}; {later}", 1)
 
 
-def push(stage, model, base, run):
-    """Upload a finished stage in one commit, unless the repository has one with the same settings."""
-    if find_on_hub(stage):  # another run may have pushed meanwhile
-        print(f"{stage.repo} has {stage.title} of the same settings from another run: left as it is")
+def push(stage, run, model, base):
+    """Upload a finished stage in one commit, unless the repository has one of the same settings by now."""
+    if read_hub_record(stage):
+        say(f"{stage.repo} has {stage.title} of the same settings from another run: left as it is")
         return
-    print(f"pushing {stage.title} to {stage.repo}")
-    # Not in OUTPUT_DIR, which a cluster transfers: the merged model can be rebuilt in seconds.
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=".") as folder:
-        folder = Path(folder)
-        if run.lora.epochs:
-            copy_stage(run.lora, folder / "adapter")
-        if stage is run.lora:
-            write_merged(model, base, folder)
-            shutil.copy(folder / "adapter/heft.json", folder)
+    say(f"pushing {stage.title} to {stage.repo}")
+    lock(stage.folder)
+    # Not in OUTPUT_DIR, which a cluster transfers: the merged model can be rebuilt in seconds. The name is
+    # fixed, so that the next process removes what a killed one left.
+    folder = Path(f".merged-{run.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if run.lora:
+            copy_stage(run.lora.record, run.lora.folder, folder / "adapter")
+        if stage is run.reft:
+            copy_stage(stage.record, stage.folder, folder)
         else:
-            copy_stage(run.reft, folder)
+            model.save_pretrained(folder)
+            (folder / "generation_config.json").unlink(missing_ok=True)  # the base model's, if it has one
+            for name in ("generation_config.json", "chat_template*", *TOKENIZER_FILES):
+                for path in base.folder.glob(name):
+                    shutil.copy(path, folder)
+            write(folder / "heft.json", json.dumps(stage.record))
         write(folder / "README.md", model_card(stage, run))
         huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=stage.repo, folder_path=folder, commit_message="HEFT")
-
-
-def write_merged(model, base, folder):
-    """Save the merged model; copy the base model's tokenizer and generation_config.json unchanged."""
-    with explained(f"cannot write the merged model to {folder}"):
-        model.save_pretrained(folder)
-    Path(folder, "generation_config.json").unlink(missing_ok=True)
-    for name in ("generation_config.json", "chat_template*", *TOKENIZER_FILES):
-        for path in base.folder.glob(name):
-            shutil.copy(path, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def model_card(stage, run):
-    """The README of a repository: what it holds, the result of the run, the lines that load it."""
-    names = (BASE_MODEL, DATASET)
-    base, data = (os.path.basename(os.path.abspath(x)) if os.path.isdir(x) else x for x in names)
-    if stage is run.lora:
-        load = [f'model = AutoModelForCausalLM.from_pretrained("{stage.repo}", dtype=torch.{DTYPE})']
-    else:  # in bfloat16, as pyreft loads every intervention in it
-        load = [f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.bfloat16)']
-        load += [f'folder = huggingface_hub.snapshot_download("{stage.repo}")']
-        if run.lora.epochs:
-            load += ['model = PeftModel.from_pretrained(model, folder + "/adapter").merge_and_unload()']
-        load += ["reft_model = pyreft.ReftModel.load(folder, model)"]
-    lines = "\n".join(load)
+    """The README of a repository: what it holds, and the result of the run."""
+    on_hub = [None if os.path.isdir(name) else name for name in (BASE_MODEL, DATASET)]
+    licence = "llama2" if "llama-2" in BASE_MODEL.lower() else "other"
+    about = huggingface_hub.ModelCardData(base_model=on_hub[0], datasets=on_hub[1], license=licence)
+    kind = "merged model" if stage is run.lora else "pyreft.ReftModel"
     return f"""---
-base_model: {base}
-datasets: [{data}]
-license: {"llama2" if "llama-2" in base.lower() else "other"}
+{about.to_yaml()}
 ---
-This is {stage.title}, of the run {run.name}: {base}, fine-tuned by the reference reproduction of HEFT
-(arXiv 2509.09801). Result of the run: {SUMMARY.format(**run.result)}.
-```python
-import huggingface_hub, pyreft, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-{lines}
-```
-Settings: `{json.dumps(stage.decided_by)}`. The licence of the base model applies.
+{stage.title} of the run {run.name}: the {kind} and, in adapter/, the LoRA adapter (if it has one). Made by
+the reference reproduction of HEFT (arXiv 2509.09801), whose README shows how to use it; heft.json says how.
+Result of the run: {summary(run.result)}. The licence of the base model applies.
 """
+
+
+# ----- The screen and the result
+def print_plan(run, base, lora_examples, reft_examples, questions):
+    """Print what is going to be done, and with what, before it takes time."""
+    rows = [f"{len(lora_examples):,} examples"] if run.stages else []
+    if run.reft and len(reft_examples) < len(lora_examples):
+        rows += [f"{len(reft_examples):,} of them in stage 2"]
+    say(f"run      {run.name} on {device_name()}; {version_text(script_version())}")
+    say(f"model    {BASE_MODEL}, {base.meta_model.num_parameters():,} parameters in {DTYPE}")
+    say(f"data     {DATASET}: {', '.join([*rows, f'{len(questions):,} questions'])}; seed {SEED}")
+    if run.lora:
+        layers = f"rank {LORA_RANK} on {', '.join(base.lora_targets)}"
+        say(f"stage 1  LoRA, {EPOCHS_LORA} epochs, rate {LEARNING_RATE_LORA:g}, {layers}")
+    if run.reft:
+        say(f"stage 2  LoReFT, {EPOCHS_REFT} epochs, rate {LEARNING_RATE_REFT:g}, block {REFT_LAYER}")
+    say(f"files    {run.files}")
+    repos = [stage.repo for stage in run.stages if PUSH_TO_HUB]
+    say(f"uploads  {' and '.join(repos) or 'none'}{' (private, if new)' if repos and PRIVATE_REPOS else ''}")
+
+
+def summary(result):
+    """A result in one line."""
+    low, high = result["confidence_interval_95"]
+    correct, n = result["correct_predictions"], result["num_validation_samples"]
+    said = f"{result['yes_answers']} Yes, {result['unknown_answers']} Unknown"
+    always = f"always {result['majority_answer']} would score {result['majority_accuracy']}"
+    interval = f"95 % interval {low:.2f} to {high:.2f}"
+    other = f"; reused what other code made: {result['other_code']}" if "other_code" in result else ""
+    return (
+        f"accuracy {result['accuracy']} ({interval}), {correct:,} of {n:,} correct, {said}; {always}{other}"
+    )
+
+
+def write_result(run, settings, evaluation, questions, texts):
+    """Write the result and the predictions of the run. Returns the result, the paper's five keys first.
+
+    evaluation: its record, as those of the stages; texts: the generated text for each question."""
+    rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
+    rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    records = {stage.part: stage.record for stage in run.stages} | {"evaluation": evaluation}
+    seconds = {part: records[part]["seconds"] if part in records else 0.0 for part in ("lora", "reft")}
+    seconds["evaluation"] = evaluation["seconds"]
+    provenance = script_version() | {
+        "settings": settings,
+        "made_with": run.made_with,
+        "weights": {part: weights_hash(records.get(part)) for part in ("lora", "reft")},
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "loss": {part: records[part]["loss"] if part in records else [] for part in ("lora", "reft")},
+    }
+    for key in "device peak_memory_gb tokens_per_microbatch versions resumed_with other_code".split():
+        found = {part: record[key] for part, record in records.items() if key in record}
+        provenance |= {key: found} if found else {}
+    predictions, answers = [row["prediction"] for row in rows], [row["answer"] for row in rows]
+    result = score(predictions, answers) | provenance
+    write(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
+    write(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
+    return result
+
+
+def print_summary(run):
+    """Print what was done, the result, the time, the files, and how to compare it."""
+    trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
+    seconds = ", ".join(f"{part} {value:.1f}" for part, value in run.result["seconds"].items())
+    say(f"\n{run.name}: {trained or 'the base model, untrained'}\n{summary(run.result)}")
+    if run.name in PAPER_ACCURACY and not SMOKE:
+        say(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
+    say(f"seconds  {seconds}; peak memory {max(run.result['peak_memory_gb'].values()):.1f} GB")
+    say(f"files    {run.files}")
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    say(f"compare  {python} {os.path.relpath(HERE / 'results/report.py')} {run.file} ANOTHER.json")
 
 
 if __name__ == "__main__":
@@ -1257,6 +1507,6 @@ if __name__ == "__main__":
         status = 0
     except Exception as error:
         status = report_error(error)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python takes a second to exit
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_STATUS:
+        signal.signal(number, signal.SIG_IGN)  # Python takes a second to exit
     sys.exit(status)

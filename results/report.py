@@ -668,11 +668,12 @@ def trial_table(trials):
 
 
 def repeated_table(runs):
-    """Runs with the settings and the seed of an earlier one, by other code or on another machine."""
+    """Runs with settings and seed of an earlier one, by other code, machine or dtype."""
     rows = []
     runs = runs.assign(repeated=["repeated" in folders for folders in runs.folders])
     runs = runs.sort_values(["repeated", "run_number"], kind="stable")
-    runs["same"] = [json.dumps(known_settings(settings), sort_keys=True) for settings in runs.settings]
+    alike = [known_settings(settings) | {"DTYPE": ""} for settings in runs.settings]
+    runs["same"] = [json.dumps(settings, sort_keys=True) for settings in alike]
     for _, same in runs.groupby(["kind", "model", "seed", "same"], sort=False):
         stored = same.iloc[0]
         for _, run in same.iloc[1:].iterrows():
@@ -686,6 +687,8 @@ def repeated_table(runs):
             row["code"] = "the same" if same_code(stored, run) else "other"
             row["torch"] = torch_of(stored)
             row["torch, repeated"] = torch_of(run)
+            row["dtype"] = stored.settings["DTYPE"]
+            row["dtype, repeated"] = run.settings["DTYPE"]
             rows.append(row)
     return markdown(rows)
 

@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,13 @@ def print_count(config, needed, mean):
 # The two procedures, each in a process of its own: {"seconds", "peak", "loss": {stage: ...}, "texts"}
 
 
+def peak_memory():
+    """GB that the process has needed so far, on the GPU if there is one: as in the script's results."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def theirs(folder, o):
     """The listing's three parts."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -198,12 +206,11 @@ def theirs(folder, o):
     found, reft = {"seconds": {}, "peak": {}, "loss": {"lora": [], "reft": []}}, None
 
     def timed(name, work, *arguments, **options):
-        heft.reset_peak_memory()
-        started = time.time()
+        started = time.monotonic()
         value = work(*arguments, **options)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        found["seconds"][name], found["peak"][name] = time.time() - started, heft.peak_memory()
+        found["seconds"][name], found["peak"][name] = time.monotonic() - started, peak_memory()
         return value
 
     training = (tokenizer, rows)
@@ -244,9 +251,9 @@ def trainers_stage_1(folder, o):
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     model = get_peft_model(model, heft.lora_config())
     trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows)
-    started = time.time()
+    started = time.monotonic()
     trainer.train()
-    return time.time() - started
+    return time.monotonic() - started
 
 
 def ours(folder, o):
@@ -276,19 +283,19 @@ def product_rate(dtype):
     a = torch.randn(size, size, device=DEVICE, dtype=getattr(torch, dtype))
     best = 0
     for _ in range(5):
-        started = time.time()
+        started = time.monotonic()
         for _ in range(8):
             a @ a
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 8 * 2 * size**3 / (time.time() - started))
+        best = max(best, 8 * 2 * size**3 / (time.monotonic() - started))
     return best
 
 
 def print_times(new, old, needed, tokens, rate):
     """The table of a run. old: None with --ours-only; tokens: of the prompts that each stage takes in."""
     print("\n| stage | paper's procedure s | heft s | ratio | prompt tokens per s", end=" ")
-    print("| share of the matrix product % | peak GB, paper's | peak GB, heft |")
+    print("| share of the matrix product % | peak GB so far, paper's | heft |")
     print("|---" * 8 + "|")
     stages = [stage for stage in STAGES if new["seconds"][stage]]
     for part in [[stage] for stage in stages] + [stages] * (len(stages) > 1):
@@ -379,7 +386,7 @@ def main(o):
             return
 
         rate = product_rate(o.dtype)
-        print(f"\n{heft.DEVICE_NAME}; torch {torch.__version__}; {o.dtype};", end=" ")
+        print(f"\n{heft.device_name()}; torch {torch.__version__}; {o.dtype};", end=" ")
         print(f"matrix product {rate / 1e9:,.0f} billion operations per second", flush=True)
         spread = 0.2 if o.answers else 0.02
         make_model(folder / "model", o.model, o.layers, o.width, o.dtype, spread=spread)

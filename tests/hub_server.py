@@ -9,6 +9,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+import yaml
+
 REPO = "([^/]+/[^/]+)"
 CALLS = {  # kind: pattern of the path with two groups, repository and rest
     "whoami": "/api/whoami-v2()()",
@@ -17,11 +19,40 @@ CALLS = {  # kind: pattern of the path with two groups, repository and rest
     "preupload": f"/api/models/{REPO}/preupload/(.*)",
     "commit": f"/api/models/{REPO}/commit/(.*)",
     "tree": f"/api/models/{REPO}/tree/(.*)",
-    "info": f"/api/models/{REPO}(?:/revision/.*)?()",
+    "info": f"/api/models/{REPO}(?:/revision/(.*))?",
     "batch": rf"/{REPO}\.git/info/lfs/objects/batch()",
     "upload": "/lfs()/(.*)",
-    "read": f"/{REPO}/resolve/[^/]+/(.*)",
+    "read": f"/{REPO}/resolve/(.*)",
 }
+
+
+LARGE = (".safetensors", ".bin")  # endings of files in Git LFS
+
+
+def about_file(name, data):
+    """A file in the answer to model_info(..., files_metadata=True)."""
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    about = {"rfilename": name, "size": len(data), "blobId": blob}
+    return about | ({"lfs": lfs} if name.endswith(LARGE) else {})
+
+
+def errors_of_card(content):
+    """What the Hub finds wrong in the YAML at the head of a README, in its words."""
+    head = re.match(r"---\n(.*?)\n---\n", content, re.S)
+    try:
+        metadata = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError as error:
+        return [f"Invalid YAML: {error}"]
+    errors = []
+    for key, values in metadata.items():
+        values = values if isinstance(values, list) else [values]
+        if not all(isinstance(value, str) for value in values):
+            errors.append(f'"{key}" must be a string or a list of strings')
+        elif key in ("base_model", "datasets"):
+            names = [value for value in values if not re.fullmatch(r"[\w.-]+/[\w.-]+", value)]
+            errors += [f'"{key}" with value "{name}" is not valid' for name in names]
+    return errors
 
 
 class Hub:
@@ -29,13 +60,16 @@ class Hub:
 
     Kinds: those of CALLS; a list of files is a "tree". Refusals: a status number, "429" with Retry-After once
     only, "cut" (the connection ends within the answer), "stall" (no answer for `stall` seconds). `before` is
-    called with the kind before each answer. Repositories may be of "tester" and of `organisations`.
+    called with the kind before each answer. `tags[repo][name]` holds the files of a revision beside "main".
+    Repositories may be of "tester" and of `organisations`, {name: the token's role there}; `access_token` is
+    what whoami says of the token.
     """
 
     def __init__(self):
         self.files, self.objects, self.private = {}, {}, {}
         self.calls, self.tokens, self.refuse, self.stall = [], set(), {}, 5
-        self.organisations, self.before = [], lambda kind: None
+        self.organisations, self.access_token = {}, {"displayName": "tests", "role": "write"}
+        self.tags, self.before = {}, lambda kind: None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -93,16 +127,17 @@ class Hub:
 
             do_GET = do_POST = do_HEAD = do_PUT = handle_any
 
-            def do_card(self, *_):
-                self.answer(200, {"errors": [], "warnings": []})
+            def do_card(self, repo, rest, body):
+                errors = [{"message": message} for message in errors_of_card(json.loads(body)["content"])]
+                self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
             def do_unknown(self, path, *_):
                 self.answer(404, {"error": f"the tests' Hub does not know {self.command} {path}"})
 
             def do_whoami(self, *_):
-                token = {"accessToken": {"role": "write"}}
-                orgs = [{"name": name} for name in hub.organisations]
-                self.answer(200, {"name": "tester", "type": "user", "auth": token, "orgs": orgs})
+                auth = {"type": "access_token", "accessToken": hub.access_token}
+                orgs = [{"name": name, "roleInOrg": role} for name, role in hub.organisations.items()]
+                self.answer(200, {"name": "tester", "type": "user", "auth": auth, "orgs": orgs})
 
             def do_create(self, repo, rest, body):
                 asked = json.loads(body)
@@ -117,11 +152,16 @@ class Hub:
                 hub.private[repo] = asked.get("private", asked.get("visibility") == "private")
                 self.answer(200, {"url": f"{hub.url}/{repo}", "name": repo})
 
-            def do_info(self, repo, *_):
+            def do_info(self, repo, revision, *_):
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-                info = {"id": repo, "modelId": repo, "private": True, "sha": hub.commit(repo)}
-                info["siblings"] = [{"rfilename": name} for name in hub.files[repo]]
+                files = hub.version(repo, revision)
+                if files is None:
+                    return self.answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
+                info = {"id": repo, "modelId": repo, "private": True, "sha": hub.commit(files)}
+                info["siblings"] = [{"rfilename": name} for name in files]
+                if "blobs=" in self.path:
+                    info["siblings"] = [about_file(name, data) for name, data in files.items()]
                 self.answer(200, info | {"tags": [], "downloads": 0, "likes": 0})
 
             def do_tree(self, repo, *_):
@@ -131,20 +171,26 @@ class Hub:
                 usual = {"type": "file", "oid": "0" * 40}
                 self.answer(200, [usual | {"path": name, "size": size} for name, size in sizes.items()])
 
-            def do_read(self, repo, name, *_):
+            def do_read(self, repo, revision_and_name, *_):
                 if repo not in hub.files:
                     return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-                if name not in hub.files[repo]:
-                    headers = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": hub.commit(repo)}
-                    return self.answer(404, {"error": "Entry not found"}, **headers)
-                data = hub.files[repo][name]
-                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": hub.commit(repo)}
+                revision, _, name = revision_and_name.partition("/")
+                files = hub.version(repo, revision)
+                if files is None:
+                    return self.answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
+                commit = {"X_Repo_Commit": hub.commit(files)}
+                if name not in files:
+                    return self.answer(
+                        404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **commit
+                    )
+                data = files[name]
+                headers = commit | {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
                 self.answer(200, data, **headers, Accept_Ranges="bytes")
 
             def do_preupload(self, repo, rest, body):
                 files = []
                 for path in [file["path"] for file in json.loads(body)["files"]]:
-                    mode = "lfs" if path.endswith((".safetensors", ".bin")) else "regular"
+                    mode = "lfs" if path.endswith(LARGE) else "regular"
                     files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None})
                 self.answer(200, {"files": files})
 
@@ -168,7 +214,7 @@ class Hub:
                         hub.files[repo][value["path"]] = base64.b64decode(value["content"])
                     elif line["key"] == "lfsFile":
                         hub.files[repo][value["path"]] = hub.objects[value["oid"]]
-                commit = hub.commit(repo)
+                commit = hub.commit(hub.files[repo])
                 url = f"{hub.url}/{repo}/commit/{commit}"
                 self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
@@ -177,9 +223,16 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def commit(self, repo):
-        """The commit of a repository: 40 digits that follow from its files."""
-        return hashlib.sha1(repr(sorted(self.files[repo].items())).encode()).hexdigest()
+    @staticmethod
+    def commit(files):
+        """The commit of these files: 40 digits that follow from them."""
+        return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+
+    def version(self, repo, revision):
+        """The files of a revision, named by a tag or its commit; None if there is none."""
+        tags = {"": self.files[repo], "main": self.files[repo]} | self.tags.get(repo, {})
+        found = [files for name, files in tags.items() if (revision or "") in (name, self.commit(files))]
+        return found[0] if found else None
 
     @staticmethod
     def what(method, path):

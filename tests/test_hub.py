@@ -1,23 +1,21 @@
 """The Hub, spoken to over real HTTP on the loopback: what is pushed, what is reused, and how a Hub that fails
 is borne."""
 
+import fcntl
 import hashlib
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
+import pyreft
 import pytest
 import torch
-from conftest import make_tiny, read_result, start, tiny_settings
+import yaml
+from conftest import ROOT, make_tiny, read_result, rows_of, start, tiny_settings
 from hub_server import Hub
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import heft_finetuning as heft
 
@@ -64,9 +62,9 @@ def hub_environment(hub):
     return local | {"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
-def begin(hub, folder, tiny_data, *flags):
+def begin(hub, folder, tiny_data, *flags, script=ROOT / "heft_finetuning.py"):
     """Start a run in `folder`. The last of equal flags counts."""
-    return start(folder, [*tiny_settings(tiny_data), *FLAGS, *flags], **hub_environment(hub))
+    return start(folder, [*tiny_settings(tiny_data), *FLAGS, *flags], script, **hub_environment(hub))
 
 
 def end_of(hub, folder, process):
@@ -80,21 +78,21 @@ def end_of(hub, folder, process):
     return process.returncode, out, err
 
 
-def run(hub, folder, tiny_data, *flags):
-    return end_of(hub, folder, begin(hub, folder, tiny_data, *flags))
+def run(hub, folder, tiny_data, *flags, **options):
+    return end_of(hub, folder, begin(hub, folder, tiny_data, *flags, **options))
 
 
-def finish(*arguments):
+def finish(*arguments, **options):
     """Run to the good end; returns the output."""
-    status, out, err = run(*arguments)
+    status, out, err = run(*arguments, **options)
     assert status == 0, out + err
     return out
 
 
-def refusal_of(hub, folder, tiny_data, *flags):
-    """The line of a run that ends with status 2 before it has written anything."""
-    status, out, err = run(hub, folder, tiny_data, *flags)
-    assert status == 2 and err.startswith("heft: error: ") and err.count("\n") == 1, out + err
+def refusal_of(hub, folder, tiny_data, *flags, status=2, **options):
+    """The line of a run that ends with this status before it has written anything."""
+    ended, out, err = run(hub, folder, tiny_data, *flags, **options)
+    assert ended == status and err.startswith("heft: error: ") and err.count("\n") == 1, out + err
     assert not (folder / "output").exists()
     return err
 
@@ -139,6 +137,11 @@ def finished(copied):
 # ----- What is pushed
 
 
+def metadata(card):
+    """The YAML at the head of a card."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
 def test_what_is_pushed(pushed, tiny_data, tmp_path):
     hub, folder = pushed
     adapter = {ADAPTER, "adapter/adapter_config.json", "adapter/heft.json"}
@@ -149,8 +152,8 @@ def test_what_is_pushed(pushed, tiny_data, tmp_path):
     assert hub.private == {LORA: True, REFT: True} and not list(folder.glob(".merged-*"))
     for repo in (LORA, REFT):
         card = hub.files[repo]["README.md"].decode()
-        assert read_result(folder)[0]["accuracy"] in card and "\nbase_model: model\n" in card
-        assert str(folder.parent) not in card and len(card.splitlines()) < 25
+        assert read_result(folder)[0]["accuracy"] in card and metadata(card) == {"license": "other"}
+        assert str(folder.parent) not in card and len(card.splitlines()) < 12
         for name, data in hub.files[repo].items():
             (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / repo / name).write_bytes(data)
@@ -168,60 +171,59 @@ def test_what_is_pushed(pushed, tiny_data, tmp_path):
         assert ours | may_differ == theirs | may_differ, name
 
 
-def test_owner_name_and_licence(pushed, hub, tiny_data, tmp_path):
+def test_owner_name_and_licence(hub, tiny_data, tmp_path):
     """An organisation owns the repository, whose name is the run's. The licence is that of the base model."""
-    for files in pushed[0].files.values():
-        card = files["README.md"].decode()
-        assert "\nlicense: other\n" in card and "llama" not in card.lower()
-    hub.organisations.append("someorg")
+    hub.organisations["someorg"] = "write"
     shutil.copytree(tiny_data / "model", tmp_path / "Llama-2-7b")
-    flags = "--base-model Llama-2-7b --hf-user someorg --hf-repo-refit= --epochs-lora 0"
+    flags = "--base-model Llama-2-7b --hf-user someorg --hf-repo-refit= --epochs-lora 0 --tag a+b"
     finish(hub, tmp_path, tiny_data, *flags.split(), "--learning-rate-reft", "2e-4")
-    repo = "someorg/heft-lora0-reft1-Llama_2_7b-on_data-reft_layer2"
-    assert hub.private == {repo: True} and "\nlicense: llama2\n" in hub.files[repo]["README.md"].decode()
-    assert ADAPTER not in hub.files[repo], "there is no stage 1"
+    repo = "someorg/heft-lora0-reft1-Llama_2_7b-on_data-reft_layer2-a_b"
+    assert hub.private == {repo: True} and ADAPTER not in hub.files[repo], "there is no stage 1"
+    assert metadata(hub.files[repo]["README.md"].decode()) == {"license": "llama2"}
+
+
+@pytest.mark.parametrize(
+    "name", ["2024", slow_case("no"), slow_case("a: b"), slow_case("- #x"), slow_case("'")]
+)
+def test_folders_of_any_name_are_pushed(hub, tiny_data, tmp_path, name):
+    """The card names only what the Hub knows."""
+    shutil.copytree(tiny_data / "data", tmp_path / name)
+    shutil.copytree(tiny_data / "model", tmp_path / f"model {name}")
+    finish(hub, tmp_path, tiny_data, "--dataset", name, "--base-model", f"model {name}", "--epochs-reft", "0")
+    assert metadata(hub.files[LORA]["README.md"].decode()) == {"license": "other"}
 
 
 def test_long_names_are_shortened_to_something_stable():
-    name = "lora1-reft1-" + "-".join(f"a_setting{number}" for number in range(20))
-    short = [heft.hub_name(name), heft.hub_name(name + "1"), heft.hub_name(name)]
+    name = "heft-lora1-reft1-" + "-".join(f"a_setting{number}" for number in range(20))
+    short = [heft.shortened(name, 96), heft.shortened(name + "1", 96), heft.shortened(name, 96)]
     assert short[0] == short[2] != short[1] and all(90 < len(name) <= 96 for name in short)
 
 
 # ----- Several jobs, one repository
 
-CHECK = """
-import json
-from pathlib import Path
-from transformers import AutoTokenizer
-tokenizer, texts = AutoTokenizer.from_pretrained("model"), []
-for prompt in json.loads(Path("prompts.json").read_text()):
-    ids = tokenizer(prompt, return_tensors="pt")
-    greedy = dict(max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    if "reft_model" in globals():
-        last = {"base": ids["input_ids"].shape[1] - 1}
-        output = reft_model.generate(dict(ids), unit_locations=last, intervene_on_prompt=True, **greedy)[1]
-    else:
-        output = model.generate(**ids, **greedy)
-    texts.append(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
-print(json.dumps(texts))
-"""
 
-
-def texts_by_the_card(hub, repo, tiny_data, folder):
-    """The answers to the validation questions by the program on the card, run as it stands in `folder`, where
-    the base model is a folder of its name."""
-    folder.mkdir(parents=True)
-    (folder / "model").symlink_to(tiny_data / "model")
-    rows = map(json.loads, (tiny_data / "data/validation.jsonl").read_text().splitlines())
-    (folder / "prompts.json").write_text(json.dumps([heft.format_boolq(row)["prompt"] for row in rows]))
-    program = re.search(r"```python\n(.*?)```", hub.files[repo]["README.md"].decode(), re.S).group(1)
-    (folder / "card.py").write_text(program + CHECK)
-    environment = os.environ | hub_environment(hub) | {"HF_HOME": str(folder / ".hf_home")}
-    command = [sys.executable, "card.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def texts_of_repository(hub, repo, tiny_data, folder):
+    """The answers to the validation questions by what a repository holds, as the README says to use it."""
+    for name, data in hub.files[repo].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    source = folder if repo == LORA else tiny_data / "model"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    if repo == REFT:
+        model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+        model = pyreft.ReftModel.load(str(folder), model)
+    tokenizer, texts = AutoTokenizer.from_pretrained(tiny_data / "model"), []
+    for row in rows_of(tiny_data / "data", "validation"):
+        inputs = dict(tokenizer(row["prompt"], return_tensors="pt"))
+        last = inputs["input_ids"].shape[1] - 1
+        greedy = dict(max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        if repo == REFT:
+            edited = dict(unit_locations={"base": last}, intervene_on_prompt=True)
+            output = model.generate(inputs, **edited, **greedy)[1]
+        else:
+            output = model.generate(**inputs, **greedy)
+        texts.append(tokenizer.decode(output[0, last + 1 :], skip_special_tokens=True).strip())
+    return texts
 
 
 def other_bits(data):
@@ -230,21 +232,28 @@ def other_bits(data):
 
 
 def check_usable(hub, tiny_data, tmp_path, runs):
-    """Both repositories can be used as their cards say, and the same commands again have nothing to do.
+    """Both repositories can be used, and the same commands again have nothing to do; they say if a repository
+    holds another run's stage.
 
     runs: flags by folder. Returns the names of the folders whose run gave the answers of a repository."""
     makers = []
     for repo in (LORA, REFT):
-        texts = texts_by_the_card(hub, repo, tiny_data, tmp_path / repo)
-        weights = json.loads(hub.files[repo]["heft.json"])["weights"]
+        part = "lora" if repo == LORA else "reft"
+        texts = texts_of_repository(hub, repo, tiny_data, tmp_path / repo)
+        weights = heft.weights_hash(json.loads(hub.files[repo]["heft.json"]))
         for folder in runs:
             result, predictions = read_result(tmp_path / folder)
-            if weights == (result["settings"]["STAGE_2"] or result["settings"]["STAGE_1"]):
+            if weights == result["weights"][part] and not (part == "lora" and result["weights"]["reft"]):
                 same = sum(text == row["text"] for text, row in zip(texts, predictions))
                 assert same >= 4, "of 6: in bfloat16, a question rounds otherwise in a batch than alone"
                 makers.append(folder)
     for folder, flags in runs.items():
-        assert "already done" in finish(hub, tmp_path / folder, tiny_data, *flags)
+        out = finish(hub, tmp_path / folder, tiny_data, *flags)
+        assert "already done" in out
+        own = read_result(tmp_path / folder)[0]["weights"]
+        for part, repo in (("lora", LORA), ("reft", REFT)):
+            other = own[part] not in (None, heft.weights_hash(json.loads(hub.files[repo]["heft.json"])))
+            assert (f"note: {repo} holds stage {1 if part == 'lora' else 2}, " in out) == other
     return makers
 
 
@@ -270,8 +279,8 @@ def test_two_jobs_train_the_same_stage_1_at_once(hub, tiny_data, tmp_path, epoch
     two.send_signal(signal.SIGCONT)
     status, out, err = end_of(hub, tmp_path / "two", two)
     assert status == 0 and "stage 1, LoRA: 4,096 trainable parameters" in out, out + err
-    settings = [read_result(tmp_path / folder)[0]["settings"] for folder in runs]
-    assert settings[0]["STAGE_1"] != settings[1]["STAGE_1"], "the same adapter: the test tests nothing"
+    weights = [read_result(tmp_path / folder)[0]["weights"]["lora"] for folder in runs]
+    assert weights[0] != weights[1], "the same adapter: the test tests nothing"
     assert f"{LORA} has stage 1, LoRA of the same settings from another run: left as it is" in out
     assert out.count("left as it is") == len(before) and out.count("pushing ") == 2 - len(before)
     assert before == {repo: hub.files[repo] for repo in before}
@@ -297,16 +306,18 @@ def test_a_stage_2_on_the_hub_is_used_with_its_own_adapter(copied, tiny_data, tm
     hub, folder = copied
     twin = dict(hub.files[LORA])
     twin[ADAPTER] = other_bits(twin[ADAPTER])
-    record = json.loads(twin["heft.json"]) | {"weights": hashlib.sha256(twin[ADAPTER]).hexdigest()[:16]}
+    record = json.loads(twin["heft.json"])
+    record["files"]["adapter_model.safetensors"] = hashlib.sha256(twin[ADAPTER]).hexdigest()[:16]
     twin["heft.json"] = twin["adapter/heft.json"] = json.dumps(record).encode()
     files = {"emptied": {".gitattributes": b""}, "another twin": twin, "there": hub.files.pop(LORA)}
     hub.files |= {LORA: dict(files[stage_1])} if stage_1 in files else {}
     out = finish(hub, tmp_path / "new", tiny_data)
-    assert "stage 1, LoRA is finished" in out and "stage 2, LoReFT is finished" in out
+    assert f"copying stage 2, LoReFT from {REFT}" in out
+    assert "stage 1, LoRA is finished in output/" in out and "stage 2, LoReFT is finished in output/" in out
     assert "trainable parameters" not in out
     (result, predictions), (expected, same) = read_result(tmp_path / "new"), read_result(folder)
     assert predictions == same and result["loss"] == expected["loss"]
-    assert all(result["settings"][key] == expected["settings"][key] for key in ("STAGE_1", "STAGE_2"))
+    assert result["weights"] == expected["weights"] and result["made_with"] == expected["made_with"]
     if stage_1 == "another twin":
         assert hub.files[LORA] == twin
     else:
@@ -324,6 +335,7 @@ REFUSED = {  # (what stage 1's repository holds, flags, words of the one line)
     "a long name": (None, "--hf-repo-lora " + "a" * 97, "a" * 97),
     "a name with a dash in front": (None, "--hf-repo-lora=-x", "-x"),
     "one repository for both stages": (None, "--hf-repo-refit lora-repo", "both stages"),
+    "one existing repository for both": (FOREIGN, "--hf-repo-refit lora-repo", "both stages"),
     "a base model that does not exist": (None, BASE_ON_HUB, "tester/base"),
 }
 
@@ -341,10 +353,71 @@ def test_a_repository_of_other_settings_is_refused(copied, tiny_data, tmp_path):
     assert LORA in line and "seed 42, not 7" in line
 
 
+def test_the_hubs_copies_of_other_code(copied, tiny_data, tmp_path):
+    """Nothing is here, and the Hub has what the script made before a training step was edited: refused. It is
+    used on request, and the result says so; a tag alone keeps both, if it is in the repositories' names."""
+    hub, _ = copied
+    script = tmp_path / "heft_finetuning.py"
+    text = (ROOT / "heft_finetuning.py").read_text()
+    assert text.count("clip_grad_norm_(parameters, 1.0)") == 1
+    script.write_text(text.replace("clip_grad_norm_(parameters, 1.0)", "clip_grad_norm_(parameters, 0.1)"))
+    before = {repo: dict(files) for repo, files in hub.files.items()}
+    line = refusal_of(hub, tmp_path / "new", tiny_data, script=script)
+    assert f"{LORA} was made by other code, " in line and "--accept-other-code" in line and "--tag" in line
+    out = finish(hub, tmp_path / "new", tiny_data, "--accept-other-code", script=script)
+    assert "trainable parameters" not in out and "reused what other code made" in out
+    result = read_result(tmp_path / "new")[0]
+    assert result["other_code"].keys() == {"lora", "reft"} and hub.files == before
+    flags = "--tag clip --hf-repo-lora= --hf-repo-refit= --epochs-reft 0".split()
+    out = finish(hub, tmp_path / "new", tiny_data, *flags, script=script)
+    assert out.count("trainable parameters") == 1
+    assert {repo: hub.files[repo] for repo in before} == before and len(hub.files) == 3
+    assert any(repo.endswith("-clip") for repo in hub.files)
+
+
 def test_a_token_that_is_not_valid(hub, tiny_data, tmp_path):
     hub.tokens = {"hf_another"}
     line = refusal_of(hub, tmp_path, tiny_data)
     assert "set HF_TOKEN to a valid token" in line and "--no-push-to-hub" in line
+
+
+def fine_grained(*permissions):
+    """What whoami says of a fine-grained token with these permissions on the user's repositories."""
+    scoped = [{"entity": {"_id": "1", "type": "user", "name": "tester"}, "permissions": list(permissions)}]
+    about = {"canReadGatedRepos": True, "global": [], "scoped": scoped}
+    return {"displayName": "tests", "role": "fineGrained", "fineGrained": about}
+
+
+RIGHTS = {  # (what whoami says of the token, --hf-user, whether the run may push)
+    "read": ({"role": "read"}, "", False),
+    "fine-grained, may read": (fine_grained("repo.content.read"), "", False),
+    "fine-grained, may write": (fine_grained("repo.content.read", "repo.write"), "", True),
+    "unknown organisation": ({"role": "write"}, "nobody", False),
+    "organisation, may read": ({"role": "write"}, "readers", False),
+    "organisation, may contribute": ({"role": "write"}, "contributors", True),
+}
+
+
+@pytest.mark.parametrize("case", ["read", *map(slow_case, [case for case in RIGHTS if case != "read"])])
+def test_a_token_that_may_not_write(hub, tiny_data, tmp_path, case):
+    """It is refused at the start, not after hours."""
+    hub.access_token, owner, may = RIGHTS[case]
+    hub.organisations = {"readers": "read", "contributors": "contributor"}
+    flags = ["--hf-user", owner] if owner else []
+    if may:
+        finish(hub, tmp_path, tiny_data, *flags)
+        assert len(hub.files) == 2
+    else:
+        line = refusal_of(hub, tmp_path, tiny_data, *flags)
+        assert f"may not write {owner or 'tester'}/lora-repo" in line and "--no-push-to-hub" in line
+        assert not hub.files
+
+
+def test_a_token_that_may_only_read_suffices_where_nothing_is_pushed(copied, tiny_data, tmp_path):
+    hub, folder = copied
+    hub.access_token = {"role": "read"}
+    assert "already done" in finish(hub, folder, tiny_data)
+    assert f"copying stage 1, LoRA from {LORA}" in finish(hub, tmp_path / "new", tiny_data)
 
 
 @pytest.mark.parametrize(
@@ -356,8 +429,9 @@ def test_weights_of_another_record(copied, tiny_data, tmp_path, repo, name, epoc
     hub, _ = copied
     hub.files[repo][name] = other_bits(hub.files[repo][name])
     status, out, err = run(hub, tmp_path / "new", tiny_data, "--epochs-reft", epochs_reft)
-    assert status == 2 and Path(name).name in err and err.count("\n") == 1, out + err
-    assert "trainable parameters" not in out
+    assert status == 2 and repo.split("/")[1] in error_line(err) and err.count("\n") == 1, out + err
+    broken = "lora1-model-*" if repo == LORA else "lora1-reft1-*"
+    assert "trainable parameters" not in out and not list(tmp_path.glob(f"new/output/{broken}/heft.json"))
 
 
 # ----- What fails at the end
@@ -407,8 +481,8 @@ BEFORE_THE_PUSH = {  # (what happens when the run is about to push, words of the
         f"{LORA} holds something else",
         [REFT],
     ),
-    "another adapter": (changed("adapter_model.safetensors"), "has changed", []),
-    "another intervention": (changed("intkey_*"), "has changed", [LORA]),
+    "another adapter": (changed("adapter_model.safetensors"), "have changed", []),
+    "another intervention": (changed("intkey_*"), "have changed", [LORA]),
 }
 
 
@@ -424,30 +498,59 @@ def test_a_push_checks_what_is_there(finished, tiny_data, case):
     assert hub.files.get(LORA) == FOREIGN or case != "something else"
 
 
-@pytest.mark.parametrize("stage", [slow_case("STAGE_1"), "STAGE_2"])
-def test_a_result_of_other_weights_is_not_pushed_with_these(finished, tiny_data, stage):
+@pytest.mark.parametrize("part, stage", [slow_case("lora", "stage 1, LoRA"), ("reft", "stage 2, LoReFT")])
+def test_a_result_of_other_weights_is_not_pushed_with_these(finished, tiny_data, part, stage):
     hub, folder = finished
     (file,) = (folder / "results").glob("*[0-9].json")
     result = json.loads(file.read_text())
-    result["settings"][stage] = "other"
+    result["weights"][part] = "other"
     file.write_text(json.dumps(result))
     status, out, err = run(hub, folder, tiny_data)
-    assert status == 2 and f"{file.relative_to(folder)} was made with {stage.lower()} 'other'" in error_line(
-        err
-    )
+    line = error_line(err)
+    assert status == 2 and f"{file.relative_to(folder)} was not measured on the {stage} in output/" in line
     assert not hub.files
+
+
+@pytest.mark.parametrize("lost", ["output", slow_case("output/*reft*")])
+def test_a_result_whose_stages_are_gone_is_not_pushed(finished, tiny_data, lost):
+    """Nothing is trained for it."""
+    hub, folder = finished
+    for path in folder.glob(lost):
+        shutil.rmtree(path)
+    status, out, err = run(hub, folder, tiny_data)
+    (file,) = (folder / "results").glob("*[0-9].json")
+    line = error_line(err)
+    assert status == 2 and str(file.relative_to(folder)) in line and "--no-push-to-hub" in line
+    assert "stage 1, LoRA" in line if lost == "output" else "stage 2, LoReFT" in line
+    assert not hub.files and "trainable parameters" not in out
+
+
+def test_what_a_killed_push_left_is_removed(finished, tiny_data):
+    """The folder .merged-... has 13.5 GB with the 7B model, and no name that changes."""
+    hub, folder = finished
+    job = begin(hub, folder, tiny_data)
+    hub.before = lambda kind: job.kill() if kind == "batch" else None
+    job.communicate(timeout=300)
+    assert job.returncode == -signal.SIGKILL
+    (left,) = folder.glob(".merged-*")
+    assert left.name != ".merged-adapter", "two runs in one folder, each with its adapter/, would share it"
+    (left / "old").write_text("of the killed process")
+    hub.before = lambda kind: None
+    finish(hub, folder, tiny_data)
+    assert not list(folder.glob(".merged-*"))
+    assert all("heft.json" in hub.files[repo] and "old" not in hub.files[repo] for repo in (LORA, REFT))
 
 
 # ----- A Hub that cannot be reached
 
 
 @times_out([429, 500, "cut"], ["whoami", "tree"], quick=[("cut", "tree")])
-def test_a_hub_that_is_down_at_the_start_does_not_stop_training(hub, tiny_data, tmp_path, refusal, kind):
-    """Back at the end, it gets what there is to push."""
+def test_a_hub_that_is_down_at_the_start_stops_the_run(hub, tiny_data, tmp_path, refusal, kind):
+    """At once, and not as a mistake: a cluster tries again. Without it, the run is possible."""
     hub.refuse[kind] = refusal
-    hub.before = lambda _: hub.refuse.clear() if list(tmp_path.glob("results/*.json")) else None
-    out = finish(hub, tmp_path, tiny_data)
-    assert out.count("the Hub is unreachable") == 1 and out.count("trainable parameters") == 2
+    refusal_of(hub, tmp_path, tiny_data, status=1)
+    hub.refuse.clear()
+    finish(hub, tmp_path, tiny_data)
     assert all("heft.json" in hub.files[repo] for repo in (LORA, REFT))
 
 
@@ -455,8 +558,7 @@ def test_a_hub_that_is_down_when_the_result_is_finished(finished, tiny_data):
     hub, folder = finished
     hub.refuse["whoami"] = 500
     status, out, err = run(hub, folder, tiny_data)
-    line = error_line(err)
-    assert status == 1 and "the Hub is unreachable" in line and "the same command pushes later" in line
+    assert status == 1 and "500" in error_line(err) and "already done" not in out
 
 
 # ----- Models and data on the Hub
@@ -469,17 +571,127 @@ def test_gated_model_without_access(hub, tiny_data, tmp_path):
     assert f"request access at https://huggingface.co/{name}" in line
 
 
-@pytest.mark.parametrize("down", [None, slow_case("info"), slow_case("read")])
-def test_a_base_model_on_the_hub(hub, tiny_data, tmp_path, down):
-    """It is read from there. A Hub that cannot give it now is no mistake of the user."""
-    hub.files["tester/base"] = {path.name: path.read_bytes() for path in (tiny_data / "model").iterdir()}
+def put_base(hub, tiny_data):
+    """Put the tiny model on the Hub. Returns its files, which may be changed."""
+    files = {path.name: path.read_bytes() for path in (tiny_data / "model").iterdir()}
+    return hub.files.setdefault("tester/base", files)
+
+
+@pytest.mark.parametrize("down", [slow_case("info"), "read"])
+def test_a_base_model_that_the_hub_cannot_give_now(hub, tiny_data, tmp_path, down):
+    """That is no mistake of the user."""
+    put_base(hub, tiny_data)
     hub.refuse[down] = 500
-    status, out, err = run(hub, tmp_path, tiny_data, *BASE_ON_HUB.split())
-    if down:
-        assert status == 1 and "tester/base" in error_line(err)
+    assert "tester/base" in refusal_of(hub, tmp_path, tiny_data, *BASE_ON_HUB.split(), status=1)
+
+
+@pytest.fixture(scope="module")
+def from_the_hub(tiny_data, tmp_path_factory):
+    """(files of the base model, folder) of a run with a base model on a Hub."""
+    hub, folder = new_hub(), tmp_path_factory.mktemp("from_the_hub")
+    files = dict(put_base(hub, tiny_data))
+    finish(hub, folder, tiny_data, *BASE_ON_HUB.split())
+    hub.close()
+    return files, folder
+
+
+def change_weights(files):
+    files["model.safetensors"] = other_bits(files["model.safetensors"])
+
+
+def change_config(files):
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"rms_norm_eps": 1e-3}).encode()
+
+
+NEWER = {  # (what is committed to the base model's repository, whether it is another model)
+    "README": (lambda files: files.update({"README.md": b"A typo is fixed.\n"}), False),
+    "weights": (change_weights, True),
+    "config": (change_config, True),
+}
+
+
+@pytest.mark.parametrize("change", ["README", "weights", slow_case("config")])
+def test_a_base_model_on_the_hub_is_what_its_files_are(hub, tiny_data, tmp_path, from_the_hub, change):
+    """Not the commit. A result is as good as its model."""
+    files, folder = from_the_hub
+    folder = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".hf_home"))
+    commit, is_another = NEWER[change]
+    hub.files["tester/base"] = dict(files)
+    before = hub.commit(files)
+    commit(hub.files["tester/base"])
+    assert hub.commit(hub.files["tester/base"]) != before
+    status, out, err = run(hub, folder, tiny_data, *BASE_ON_HUB.split())
+    if is_another:
+        assert status == 2 and "base_model_files" in error_line(err) and "results/" in err
     else:
-        assert status == 0, out + err
-        assert read_result(tmp_path)[0]["settings"]["BASE_VERSION"] == hub.commit("tester/base")
+        assert status == 0 and "already done" in out
+    # And so are stages, without the result.
+    shutil.rmtree(folder / "results")
+    status, out, err = run(hub, folder, tiny_data, *BASE_ON_HUB.split())
+    if is_another:
+        assert status == 2 and "base_model_files" in error_line(err) and "output/" in err
+    else:
+        assert status == 0 and "stage 2, LoReFT is finished" in out and "trainable" not in out
+
+
+def test_a_folder_of_the_hubs_files_is_the_same_model(tiny_data, tmp_path, from_the_hub):
+    """The same identity, and the same outcome."""
+    process = start(tmp_path, [*tiny_settings(tiny_data), *FLAGS, "--no-push-to-hub"])
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    (here, answers), (there, same) = read_result(tmp_path), read_result(from_the_hub[1])
+    assert here["made_with"] == there["made_with"] and answers == same
+    assert here["weights"] == there["weights"] and here["loss"] == there["loss"]
+
+
+def test_a_fixed_revision_of_the_base_model(hub, tiny_data, tmp_path, from_the_hub):
+    """The newest one is not looked at. A revision that does not exist is refused."""
+    put_base(hub, tiny_data)
+    hub.tags["tester/base"] = {"v1": dict(hub.files["tester/base"])}
+    change_weights(hub.files["tester/base"])
+    commit = hub.commit(hub.tags["tester/base"]["v1"])
+    for revision in ("v1", commit):
+        folder = tmp_path / revision
+        finish(hub, folder, tiny_data, *BASE_ON_HUB.split(), "--base-revision", revision)
+        result, predictions = read_result(folder)
+        expected, same = read_result(from_the_hub[1])
+        assert result["made_with"] == expected["made_with"] and predictions == same
+        assert list((folder / "output").glob(f"*-revision_{revision}-*")), "the name says it"
+    line = refusal_of(hub, tmp_path / "v2", tiny_data, *BASE_ON_HUB.split(), "--base-revision", "v2")
+    assert "tester/base" in line and "RevisionNotFound" in line
+
+
+def test_a_checkpoint_survives_a_typo_in_the_base_models_readme(hub, tiny_data, tmp_path):
+    """An evicted job continues. With other weights, it is refused."""
+    files = put_base(hub, tiny_data)
+    flags = [*BASE_ON_HUB.split(), "--epochs-lora", "40", "--epochs-reft", "0"]
+    job = begin(hub, tmp_path, tiny_data, *flags)
+    for line in job.stdout:
+        if line.startswith("step 1 of"):
+            break
+    job.send_signal(signal.SIGTERM)
+    status, out, err = end_of(hub, tmp_path, job)
+    assert status == 85 and "stopped by SIGTERM after step" in out, out + err
+    own = files["model.safetensors"]
+    change_weights(files)
+    status, out, err = run(hub, tmp_path, tiny_data, *flags)
+    line = error_line(err)
+    assert status == 2 and "checkpoint.pt was made with base_model_files" in line
+    files |= {"model.safetensors": own, "README.md": b"A typo is fixed.\n"}
+    assert "resuming from output/" in finish(hub, tmp_path, tiny_data, *flags)
+
+
+@pytest.mark.slow
+def test_a_download_that_another_process_holds(hub, tiny_data, tmp_path):
+    """huggingface_hub would wait for its lock for ever, without a word."""
+    put_base(hub, tiny_data)
+    lock = tmp_path / ".hf_home/hub/.locks/models--tester--base/abc.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        line = refusal_of(hub, tmp_path, tiny_data, *BASE_ON_HUB.split(), status=1)
+    assert "tester/base" in line and str(lock) in line
+    finish(hub, tmp_path, tiny_data, *BASE_ON_HUB.split())
 
 
 @pytest.mark.slow

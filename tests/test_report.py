@@ -355,7 +355,7 @@ def test_a_repeated_run_is_compared_and_not_pooled(tmp_path):
     small(tmp_path, 3, 3, [89], new=True, name="repeated/x")
     page = published(tmp_path)
     row = rows(page, "A stored run repeated")["HEFT 3 + 3, seed 0"]
-    assert row == ["90.00", "89.00", "990 of 1,000", "other", "1", "2"]
+    assert row == ["90.00", "89.00", "990 of 1,000", "other", "1", "2", "bfloat16", "bfloat16"]
     assert rows(page, "SmolLM2-135M-Instruct on review snippets")["HEFT 3 + 3"][0] == "1"
 
 

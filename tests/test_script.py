@@ -1,22 +1,31 @@
 """What a user sees of heft_finetuning.py: settings, names, logs, results, what earlier work is reused."""
 
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import pty
 import re
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import termios
+import time
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import httpx2
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, load, rows_of, tiny_settings
+from conftest import ROOT, load, rows_of, start, tiny_settings
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from inside import result_of, run_inside, run_process
 from statsmodels.stats.proportion import proportion_confint
@@ -25,6 +34,9 @@ import heft_finetuning as heft
 
 SCRIPT = ROOT / "heft_finetuning.py"
 SHORT = "--epochs-lora 1 --epochs-reft 1"
+EPOCHS = ("EPOCHS_LORA", "EPOCHS_REFT")
+DECIDING = [name for name, setting in heft.SETTINGS.items() if setting.decides and name not in EPOCHS]
+PARTS = ("lora", "reft", "run")
 
 
 def run(work, given, flags=SHORT):
@@ -35,14 +47,17 @@ def run(work, given, flags=SHORT):
 
 
 def test_importing_it_does_nothing_else():
-    """No process, none of the large packages but those of transformers; warnings and signals as before."""
+    """No process, nothing on the screen; environment and signals as before, warnings as the libraries leave
+    them."""
     program = """
-import os, signal, subprocess, sys, warnings
-import huggingface_hub, torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+import contextlib, os, signal, subprocess, sys, warnings
+import datasets, huggingface_hub, peft, scipy.stats, torch, transformers
+with contextlib.redirect_stdout(None):
+    import pyreft, pyvene
 def surroundings():
-    heavy = {"peft", "pyreft", "pyvene", "datasets", "accelerate"} & sys.modules.keys()
-    return list(warnings.filters), dict(os.environ), signal.getsignal(signal.SIGTERM), heavy
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    streams = sys.stdout, sys.stderr
+    return list(warnings.filters), dict(os.environ), [signal.getsignal(kind) for kind in kinds], streams
 def started(*_, **__): raise AssertionError("a process was started")
 before, subprocess.Popen, os.system = surroundings(), started, started
 import heft_finetuning as heft
@@ -65,34 +80,80 @@ def test_prompt_is_the_papers():
 
 def test_defaults_are_the_papers():
     settings = heft.read_settings([])
-    assert {name: settings[name] for name in heft.PAPER} == heft.PAPER
+    assert {name: settings[name] for name in DECIDING} == {
+        name: heft.SETTINGS[name].paper for name in DECIDING
+    }
     assert (settings["EPOCHS_LORA"], settings["EPOCHS_REFT"]) == (3, 3)
-    assert [heft.identity(settings, part)[0] for part in ("run", "lora")] == ["lora3-reft3", "lora3"]
+    assert [heft.name_of(settings, part) for part in PARTS] == ["lora3", "lora3-reft3", "lora3-reft3"]
 
 
-def test_help_shows_legal_values_and_defaults(capsys):
-    with pytest.raises(SystemExit) as end:
-        heft.read_settings(["--help"])
-    assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name in heft.SETTINGS:
-        assert "--" + name.lower().replace("_", "-") in text, name
-    for words in (
-        "a whole number from 0 (default: 3)",
-        "from 0 to below 1 (default: 0.05)",
-        "above 0 (default: 0.0002)",
-        "bfloat16 or float32 (default: 'bfloat16')",
-        "a name, not empty (default: 'google/boolq')",
-        "The constants at the top of heft_finetuning.py say what each setting means.",
-    ):
-        assert words in text, words
+def first_screen():
+    """[(name, comment)] of the constants at the top of the script."""
+    text = SCRIPT.read_text().split("import argparse")[0]
+    lines = re.findall(r"^([A-Z][A-Z_]*) = (.*)$", text, re.M)
+    return [(name, line.partition("  # ")[2].strip()) for name, line in lines]
+
+
+def test_every_constant_of_the_first_screen_is_a_setting():
+    names = [name for name, _ in first_screen()]
+    assert len(set(names)) == len(names) and set(names) == set(heft.SETTINGS)
+    assert list(heft.read_settings([]).keys() - heft.SETTINGS.keys()) == ["SMOKE"]
 
 
 def test_every_constant_has_a_comment():
-    lines = SCRIPT.read_text().splitlines()
-    for name in heft.SETTINGS:
-        (line,) = [line for line in lines if line.startswith(f"{name} = ")]
-        assert re.search(r"  # \S", line), line
+    for name, comment in first_screen():
+        assert len(comment) > 5, name
+
+
+def help_text(capsys):
+    wide = mock.patch.dict(os.environ, COLUMNS="999")  # no line is broken
+    with wide, pytest.raises(SystemExit) as end:
+        heft.read_settings(["--help"])
+    assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_comments_legal_values_and_defaults(capsys):
+    text = help_text(capsys)
+    for name, comment in first_screen():
+        flag, (_, setting) = "--" + name.lower().replace("_", "-"), (name, heft.SETTINGS[name])
+        usual = getattr(heft, name)
+        shown = f"{' '.join(comment.split())} [{setting.words}; default: {usual!r}]"
+        value = f"{flag}, --no-{flag[2:]}" if isinstance(usual, bool) else f"{flag} X"
+        assert f"{value} {shown}" in text, name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--epochs-lora X epochs of stage 1; 0 skips the stage [a whole number from 0; default: 3]",
+        "use only the first N training examples; 0 uses all [a whole number from 0; default: 0]",
+        "on the input of the update [from 0 to below 1; default: 0.05]",
+        "at the first step; falls linearly to 0 [above 0; default: 0.0002]",
+        "of the model's weights [bfloat16 or float32; default: 'bfloat16']",
+        '"" is q_proj and v_proj (the paper\'s code); all-linear (its text); or names a,b [one line, "" for',
+        "--push-to-hub, --no-push-to-hub upload the merged model and the LoReFT intervention; reuse what",
+    ],
+)
+def test_help_in_words(capsys, words):
+    assert words in help_text(capsys)
+
+
+@pytest.mark.parametrize(
+    "flags, hint",
+    [
+        ("--epoch-lora 5", "do you mean --epochs-lora?"),
+        ("--max-eval-sample=400", "do you mean --max-eval-samples?"),
+        ("--no-push-to-hb", "do you mean --no-push-to-hub?"),
+        ("--lora_rank 16", "do you mean --lora-rank?"),
+        ("--smok", "do you mean --smoke?"),
+        ("--xyz", "--help lists the flags"),
+    ],
+)
+def test_a_mistyped_flag_names_the_nearest(flags, hint):
+    with pytest.raises(heft.Stop) as stop:
+        heft.read_settings(flags.split())
+    assert stop.value.status == 2 and flags in str(stop.value) and str(stop.value).endswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -108,21 +169,72 @@ def test_every_constant_has_a_comment():
         ("--base-model=x/a*b --lora-targets all-linear",) + ("lora3{}-a_b-lora_targets_all_linear",) * 2,
         ("--base-model me/Small-1B --dataset data/reviews/ --max-train-samples 640",)
         + ("lora3{}-Small_1B-on_reviews-train640",) * 2,
+        ("--tag clip0.1", "lora3-reft3-clip0.1", "lora3-clip0.1"),
+        ("--seed 7 --tag a+b_c", "lora3-reft3-seed7-a+b_c", "lora3-seed7-a+b_c"),
+        ("--base-revision v1.0", "lora3-reft3-revision_v1.0", "lora3-revision_v1.0"),
+        ("--accept-other-code --private-repos", "lora3-reft3", "lora3"),
         ("--smoke", "lora3-reft3", "lora3"),
         ("--smoke --dtype bfloat16", "lora3-reft3-dtype_bfloat16", "lora3-dtype_bfloat16"),
     ],
 )
 def test_name_says_what_differs_from_the_paper(flags, name, stage_1):
     settings = heft.read_settings(flags.split())
-    assert heft.identity(settings, "run")[0] == name.format("-reft3")
-    assert heft.identity(settings, "lora")[0] == stage_1.format("")
+    assert heft.name_of(settings, "run") == name.format("-reft3")
+    assert heft.name_of(settings, "lora") == stage_1.format("")
+
+
+def changed(settings, name):
+    """The settings with another value of one of them."""
+    value = settings[name]
+    return settings | {name: f"{value}x" if isinstance(value, str) else value + 1}
 
 
 def test_every_setting_that_changes_the_experiment_changes_the_name():
     usual = heft.read_settings([])
-    other = {name: f"{value}x" if isinstance(value, str) else value + 1 for name, value in heft.PAPER.items()}
-    names = {heft.identity(usual | {name: value}, "run")[0] for name, value in other.items()}
-    assert len(names) == len(other) and heft.identity(usual, "run")[0] not in names
+    names = {heft.name_of(changed(usual, name), "run") for name in DECIDING}
+    assert len(names) == len(DECIDING) and heft.name_of(usual, "run") not in names
+
+
+def test_names_show_what_decides():
+    """What changes the name of a part is what decides it, and nothing else is in `made_with`."""
+    usual = heft.read_settings([])
+    expected = {
+        "lora": {"lora", "stages"},
+        "reft": {"lora", "reft", "stages"},
+        "run": {"lora", "reft", "stages", "evaluation"},
+    }
+    for part in PARTS:
+        names = {name for name in DECIDING if heft.SETTINGS[name].decides in expected[part]}
+        epochs = {"EPOCHS_LORA"} | ({"EPOCHS_REFT"} if part != "lora" else set())
+        assert set(heft.deciding_settings(usual, part)) == names | epochs
+        for name in DECIDING:
+            same = heft.name_of(changed(usual, name), part) == heft.name_of(usual, part)
+            assert same == (name not in names), (part, name)
+        # Of model and data the files count, not the names.
+        made = heft.made_with(usual, part, TRAIN_DATA="x")
+        code = {"CODE_OF_STAGES"} | ({"CODE_OF_EVALUATION"} if part == "run" else set())
+        assert made.keys() == (names | epochs | code | {"TRAIN_DATA"}) - {
+            "BASE_MODEL",
+            "BASE_REVISION",
+            "DATASET",
+        }
+
+
+def test_a_long_name_is_shortened(tiny, tmp_path):
+    """Seven targets and nine other settings: still a file's name, unique, and the same each time."""
+    targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    flags = f"--lora-targets {targets} --lora-rank 3 --lora-alpha 16 --lora-dropout 0.125 --reft-rank 3"
+    flags += " --learning-rate-lora 0.00012345678 --learning-rate-reft 0.00087654321 --max-length 1024"
+    flags += " --examples-per-step 16 --max-new-tokens 6"
+    shown = run(tmp_path, tiny, f"{SHORT} {flags} --tag word")
+    assert shown.status == 0 and not shown.err, shown
+    (result,) = tmp_path.glob("results/*.json")
+    assert len(result.stem) <= 200 and result.stem.startswith("lora1-reft1-model-on_data-lora_rank3-")
+    assert len(list(tmp_path.glob("output/*/heft.json"))) == 2
+    assert "already done" in run(tmp_path, tiny, f"{SHORT} {flags} --tag word").out
+    usual = heft.read_settings([*map(str, tiny_settings(tiny)), *f"{SHORT} {flags}".split()])
+    names = [heft.name_of(usual | {"TAG": tag}, part) for tag in ("word", "other") for part in PARTS]
+    assert len(set(names)) == 6 and max(map(len, names)) <= 200
 
 
 def test_editing_a_constant_equals_its_flag(tmp_path):
@@ -136,7 +248,7 @@ def test_editing_a_constant_equals_its_flag(tmp_path):
     by_edit = edited.read_settings([])
     by_flag = heft.read_settings("--epochs-lora 20 --lora-targets all-linear".split())
     assert by_edit == by_flag
-    assert edited.identity(by_edit, "run")[0] == "lora20-reft3-lora_targets_all_linear"
+    assert edited.name_of(by_edit, "run") == "lora20-reft3-lora_targets_all_linear"
 
 
 # --- arithmetic
@@ -170,6 +282,20 @@ ANSWERS = {"Yes": "Yes", "No, Yes": "Yes", "No.": "No", "yes": "Unknown", "": "U
 @pytest.mark.parametrize("text, answer", ANSWERS.items())
 def test_prediction_is_the_papers_rule(text, answer):
     assert heft.predict(text) == answer
+
+
+@pytest.mark.parametrize(
+    "answers, expected", [("YNN", "No 66.67%"), ("YYYN", "Yes 75.00%"), ("YN", "Yes 50.00%")]
+)
+def test_what_always_giving_the_more_frequent_answer_scores(answers, expected):
+    answers = [{"Y": "Yes", "N": "No"}[letter] for letter in answers]
+    result = heft.score(["Unknown"] * len(answers), answers)
+    assert f"{result['majority_answer']} {result['majority_accuracy']}" == expected
+    assert (result["accuracy"], result["unknown_answers"], result["yes_answers"]) == (
+        "0.00%",
+        len(answers),
+        0,
+    )
 
 
 def test_a_tokenizer_that_joins_prompt_and_answer():
@@ -222,32 +348,84 @@ def test_a_bug_shows_its_traceback(capsys):
     assert "Traceback" in (err := capsys.readouterr().err) and "no_such_function" in err
 
 
-# --- a job's log
+def test_the_traceback_of_a_stop_on_request(monkeypatch, capsys):
+    with pytest.raises(heft.Stop) as stop, heft.explained("cannot read it"):
+        json.loads("{")
+    monkeypatch.setenv("HEFT_TRACEBACK", "1")
+    assert heft.report_error(stop.value) == 2
+    err = capsys.readouterr().err
+    assert "json.decoder" in err and err.splitlines()[-1].startswith(
+        "heft: error: cannot read it (JSONDecodeE"
+    )
 
 
-def test_progress_without_a_terminal(tiny, tmp_path):
-    """Plain lines, every 50 steps and at the end of each stage; nothing of any library."""
+# --- the screen
+
+PLAN = r"""
+run      (\S+) on CPU (.+), \d+ threads; (commit \S+, )?script [0-9a-f]{8}
+model    \S+/model, [\d,]+ parameters in float32
+data     \S+/data: 45 examples, 20 questions; seed 42
+stage 1  LoRA, 1 epochs, rate 0.0002, rank 8 on q_proj, v_proj
+stage 2  LoReFT, 1 epochs, rate 0.0002, block 2
+files    results/(\S+).json, output/(\S+), output/(\S+)
+uploads  none
+""".lstrip()
+STEP = r"step (\d+) of (\d+): loss (\d+\.\d+), rate (\S+), (\d+\.\d+) s per step, (\d+:\d\d:\d\d) left"
+SECONDS = r"-?\d+\.\d+ s per step|seconds  .*|-?\d+:\d\d:\d\d left"
+
+
+def test_the_loading_line_comes_at_once(tmp_path):
+    """Before the libraries, which take seconds, and so also before a refusal."""
+    process = start(tmp_path, ["--nonsense"])
+    first = process.stdout.readline()
+    assert first == "heft: loading the libraries\n" and process.poll() is None
+    maps = Path(f"/proc/{process.pid}/maps")
+    if maps.exists():
+        assert "libtorch" not in maps.read_text(), "it should stand there before torch is imported"
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (2, "") and "unrecognized arguments: --nonsense" in err
+
+
+def test_the_screen_of_a_run(tiny, tmp_path):
+    """Plain lines: the plan, the first step, every 50 steps and the last of each stage, the result; nothing
+    of any library."""
     flags = "--epochs-lora 2 --epochs-reft 1 --examples-per-step 1 --tokens-per-microbatch 100".split()
     shown = run_process(tmp_path, [*tiny_settings(tiny), *flags])
     assert (shown.status, shown.err) == (0, "") and "\r" not in shown.out
-    line = r"step (\d+) of (\d+): loss (\d+\.\d+), rate (\S+), (\d+\.\d+) s per step, (\d+:\d\d:\d\d) left"
-    steps = [match.groups() for match in re.finditer(f"^{line}$", shown.out, re.M)]
-    assert [step[:2] for step in steps] == [("50", "90"), ("90", "90"), ("45", "45")]
+    plan = PLAN.replace("1 epochs", "2 epochs", 1)
+    match = re.match(f"heft: loading the libraries\n{plan}\n", shown.out)
+    assert match, shown.out
+    name, _, _, *files = match.groups()
+    assert name == "lora2-reft1-model-on_data-reft_layer2-examples_per_step1-dtype_float32"
+    assert files == [name, "lora2-model-on_data-examples_per_step1-dtype_float32", name]
+    steps = [match.groups() for match in re.finditer(f"^{STEP}$", shown.out, re.M)]
+    assert [step[:2] for step in steps] == [
+        ("1", "90"),
+        ("50", "90"),
+        ("90", "90"),
+        ("1", "45"),
+        ("45", "45"),
+    ]
     losses = result_of(tmp_path)[0]["loss"]
-    assert float(steps[0][2]) == pytest.approx(losses["lora"][49], abs=1e-3)
-    assert [float(step[3]) for step in steps] == pytest.approx(
-        [2e-4 * 41 / 90, 2e-4 / 90, 2e-4 / 45], rel=1e-2
-    )
-    assert [step[5] for step in steps[1:]] == ["0:00:00"] * 2
-    assert re.search(r"^micro-batch \d+ of \d+: 20 questions, ", shown.out, re.M)
+    assert float(steps[1][2]) == pytest.approx(losses["lora"][49], abs=1e-3)
+    rates = [2e-4, 2e-4 * 41 / 90, 2e-4 / 90, 2e-4, 2e-4 / 45]
+    assert [float(step[3]) for step in steps] == pytest.approx(rates, rel=1e-2)
+    assert [step[5] for step in (steps[2], steps[4])] == ["0:00:00"] * 2
+    assert re.search(r"^micro-batch 1 of \d+: \d+ questions, ", shown.out, re.M)
+    assert re.search(r"^micro-batch (\d+) of \1: 20 questions, ", shown.out, re.M)
 
 
-def test_progress_in_a_terminal(tiny, tmp_path):
+def test_a_terminal_shows_the_same_lines(tiny, tmp_path):
+    flags = [*tiny_settings(tiny), *"--epochs-lora 1 --epochs-reft 0 --examples-per-step 9".split()]
+    plain = run_process(tmp_path / "plain", flags)
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 120))
-    flags = [*tiny_settings(tiny), *"--epochs-lora 1 --epochs-reft 0 --examples-per-step 9".split()]
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave)
+    (tmp_path / "terminal").mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "terminal", stdout=slave, stderr=slave, env=environment
+    )
     os.close(slave)
     shown = b""
     while True:
@@ -259,8 +437,163 @@ def test_progress_in_a_terminal(tiny, tmp_path):
             break
     os.close(master)
     assert process.wait() == 0, shown
-    assert b"\r" in shown.replace(b"\r\n", b"") and b"%|" in shown and b"5/5" in shown and b"loss" in shown
-    assert b"step 5 of 5:" not in shown, "the bar says it"
+    text = shown.replace(b"\r\n", b"\n").decode()
+    assert "step 5 of 5: loss" in text
+    assert re.sub(SECONDS, "", text) == re.sub(SECONDS, "", plain.out)
+
+
+def test_nothing_is_said_of_what_there_is_one_of_or_none(tiny, tmp_path):
+    for flags in "--epochs-lora 0 --epochs-reft 0", "--epochs-lora 1 --epochs-reft 0 --examples-per-step 45":
+        shown = run(tmp_path, tiny, flags)
+        assert shown.status == 0 and not shown.err, shown
+        for words in (" 0 examples", " of 1:", "micro-batch", "stage 2", "uploads  \n"):
+            assert words not in shown.out, words
+        assert ("45 examples" in shown.out) == ("stage 1" in shown.out) == ("--epochs-lora 1" in flags)
+
+
+def test_the_plan_says_what_stage_2_leaves_out(tiny, tmp_path):
+    lengths = sorted(len(row["tokens"]) for row in prompts_of(tiny))
+    assert lengths[20] < lengths[21]
+    shown = run(tmp_path, tiny, f"{SHORT} --max-length {lengths[20] + 2}")
+    assert shown.status == 0, shown
+    fitting = sum(length <= lengths[20] for length in lengths)
+    assert f": 45 examples, {fitting} of them in stage 2, 20 questions; " in shown.out
+
+
+def prompts_of(given):
+    """The training rows with their tokens."""
+    _, tokenizer = load(given / "model")
+    return [
+        row | {"tokens": tokenizer(row["prompt"])["input_ids"]} for row in rows_of(given / "data", "train")
+    ]
+
+
+def test_a_clock_that_is_set_back(tiny, tmp_path, monkeypatch):
+    """Seconds are those that have passed, whatever the wall clock says meanwhile."""
+    clock, calls = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600 * next(calls))
+    shown = run(tmp_path, tiny, f"{SHORT} --examples-per-step 9")
+    assert shown.status == 0 and not shown.err, shown
+    assert all(0 < value < 100 for value in result_of(tmp_path)[0]["seconds"].values())
+    found = re.findall(SECONDS, shown.out)
+    assert len(found) > 4 and not [words for words in found if "-" in words]
+
+
+# --- a screen that nobody reads
+
+
+def with_shell(folder, flags, line, **environment):
+    """Run a line of bash in which "$@" is the script with its flags."""
+    folder.mkdir(exist_ok=True)
+    command = ["bash", "-c", line, "bash", sys.executable, str(SCRIPT), *map(str, flags)]
+    environment = os.environ | {"HF_HOME": str(folder / ".hf_home"), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "line, out",
+    [
+        ('"$@" | head -1; exit ${PIPESTATUS[0]}', "heft: loading the libraries\n"),
+        ('"$@" >&-', ""),
+        ('"$@" >&- 2>&-', ""),
+        ('"$@" >/dev/full', ""),
+    ],
+)
+def test_a_closed_screen_costs_no_training(tiny, tmp_path, four_runs, line, out):
+    done = with_shell(tmp_path, [*tiny_settings(tiny), *SHORT.split()], line)
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
+    expected, found = result_of(four_runs[0], "lora1-reft1*"), result_of(tmp_path)
+    assert found[1] == expected[1]
+    for stage in ("lora", "reft"):  # rounding differs with the number of threads
+        assert found[0]["loss"][stage] == pytest.approx(expected[0]["loss"][stage], rel=1e-5)
+
+
+def test_a_refusal_without_a_screen(tmp_path):
+    for line in '"$@" >&- 2>&-', '"$@" >/dev/full 2>/dev/full', '"$@" 2>&-':
+        done = with_shell(tmp_path, ["--nonsense"], line)
+        assert (done.returncode, done.stderr) == (2, ""), line
+    done = with_shell(tmp_path, ["--nonsense"], '"$@" >&-')
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("heft: error: unrecognized")
+    assert done.stderr.count("\n") == 1
+
+
+class NotebooksScreen:
+    """A stream of the kind that notebooks put in the place of sys.stdout."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_a_stream_that_is_no_file(tiny, tmp_path, monkeypatch):
+    screen, errors = NotebooksScreen(), NotebooksScreen()
+    flags = [*tiny_settings(tiny), *SHORT.split(), "--max-eval-samples", 2]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.getsignal(kind) for kind in kinds]
+    try:
+        with (
+            contextlib.chdir(tmp_path),
+            contextlib.redirect_stdout(screen),
+            contextlib.redirect_stderr(errors),
+            pytest.raises(SystemExit) as end,
+        ):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        for kind, handler in zip(kinds, handlers):
+            signal.signal(kind, handler)
+    assert not end.value.code and not errors.text, errors.text
+    assert screen.text.startswith("heft: loading the libraries\nrun  ") and "2 correct" in screen.text
+
+
+def test_a_screen_of_few_letters(tiny, tmp_path):
+    """What the screen's encoding lacks is replaced; the predictions are UTF-8 all the same."""
+    place = tmp_path / "modèle"
+    shutil.copytree(tiny, place)
+    flags = [*tiny_settings(place), *SHORT.split()]
+    shown = run_process(tmp_path / "wörk", flags, PYTHONIOENCODING="ascii")
+    assert (shown.status, shown.err) == (0, ""), shown
+    assert re.search(r"^model    .*/mod\S+le/model, ", shown.out, re.M)
+
+
+# --- a user without a name
+
+
+def without_name(folder, flags, *prefix):
+    """Run the script without USER, LOGNAME and HOME, as in a container."""
+    folder.mkdir(exist_ok=True)
+    environment = {key: os.environ[key] for key in os.environ.keys() - {"USER", "LOGNAME", "HOME", "HF_HOME"}}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [*prefix, sys.executable, str(SCRIPT), *map(str, flags)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_no_user_and_no_home_in_the_environment(tiny, tmp_path):
+    done = without_name(tmp_path / "work", [*tiny_settings(tiny), *SHORT.split()])
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert [path.name for path in sorted((tmp_path / "work").iterdir())] == ["output", "results"]
+
+
+def test_a_user_without_an_entry(tmp_path):
+    """A number alone, as `docker run --user` gives: no name, no home, no group."""
+    if os.getuid():
+        pytest.skip("needs root")
+    # Of pytest's folders, only root may enter those above.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, 12345, 12345)
+        identity = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+        readable = subprocess.run([*identity, sys.executable, "-c", f"open({str(SCRIPT)!r})"])
+        if readable.returncode:
+            pytest.skip("the repository is root's alone")
+        flags = "--smoke --epochs-lora 1 --epochs-reft 1 --max-train-samples 32 --max-eval-samples 8".split()
+        done = without_name(Path(folder), flags, *identity)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert list(Path(folder).glob("results/smoke/lora1-*.json"))
 
 
 # --- results
@@ -288,7 +621,9 @@ def test_result_has_all_that_is_needed_to_understand_it(four_runs, tiny):
         assert result[f"{answer.lower()}_answers"] == count
     wilson = [100 * end for end in proportion_confint(correct, 20, method="wilson")]
     assert result["confidence_interval_95"] == pytest.approx(wilson)
-    assert set(heft.SETTINGS) <= result["settings"].keys() and result["settings"]["FORMAT"] == 3
+    majority = max(("Yes", "No"), key=[row["answer"] for row in predictions].count)
+    share = sum(row["answer"] == majority for row in predictions) / 20
+    assert (result["majority_answer"], result["majority_accuracy"]) == (majority, f"{100 * share:.2f}%")
     assert [len(result["loss"][stage]) for stage in ("lora", "reft")] == [2, 2]
     assert all(map(math.isfinite, result["loss"]["lora"] + result["loss"]["reft"]))
     seconds = dict(result["seconds"])
@@ -300,9 +635,43 @@ def test_result_has_all_that_is_needed_to_understand_it(four_runs, tiny):
     assert all(versions["torch"] == torch.__version__ for versions in result["versions"].values())
     assert set(result["tokens_per_microbatch"].values()) == {2048}
     assert result["script_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+    assert "commit" in result and "other_code" not in result and "resumed_with" not in result
     assert [row["question"] for row in predictions] == [
         r["question"] for r in rows_of(tiny / "data", "validation")
     ]
+
+
+def test_result_says_what_it_was_made_with(four_runs, tiny):
+    result, _ = result_of(four_runs[0], "lora1-reft1*")
+    flags = [*map(str, tiny_settings(tiny)), *SHORT.split()]
+    assert result["settings"] == heft.read_settings(flags)
+    made = result["made_with"]
+    hashes = "CODE_OF_STAGES CODE_OF_EVALUATION BASE_MODEL_FILES TRAIN_DATA VALIDATION_DATA".split()
+    assert set(made) == {*hashes, *DECIDING, *EPOCHS} - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
+    assert all(re.fullmatch("[0-9a-f]{16}", made[name]) for name in hashes)
+    assert all(made[name] == value for name, value in result["settings"].items() if name in made)
+
+
+def test_record_says_what_it_was_made_with(four_runs):
+    folder, result = four_runs[0] / "output", result_of(four_runs[0], "lora1-reft1*")[0]
+    (reft,), (lora,) = folder.glob("lora1-reft1-*/heft.json"), folder.glob("lora1-model*/heft.json")
+    assert (reft.parent / "adapter/heft.json").read_bytes() == lora.read_bytes()
+    parts = {"lora": (lora, "adapter_model.safetensors"), "reft": (reft, "intkey_*.bin")}
+    for part, (file, pattern) in parts.items():
+        record, (weights,) = json.loads(file.read_text()), file.parent.glob(pattern)
+        names = {path.name for path in file.parent.iterdir()} - {"heft.json", "lock", "adapter"}
+        assert record["files"].keys() == names
+        for name, said in record["files"].items():
+            assert said == hashlib.sha256((file.parent / name).read_bytes()).hexdigest()[:16]
+        assert result["weights"][part] == record["files"][weights.name]
+        same = {key: value for key, value in result["made_with"].items() if key in record["made_with"]}
+        assert record["made_with"] == same and "CODE_OF_STAGES" in same and "MAX_NEW_TOKENS" not in same
+        assert record["script_sha256"] == result["script_sha256"] and record["commit"] == result["commit"]
+        for key in ("device", "versions", "loss", "tokens_per_microbatch", "peak_memory_gb", "seconds"):
+            assert record[key] == result[key][part], key
+    reft, lora = json.loads(reft.read_text()), json.loads(lora.read_text())
+    assert reft["below"] == result["weights"]["lora"] and lora["below"] is None
+    assert "EPOCHS_REFT" in reft["made_with"] and "EPOCHS_REFT" not in lora["made_with"]
 
 
 def test_parts_that_a_run_does_not_have(four_runs):
@@ -310,6 +679,7 @@ def test_parts_that_a_run_does_not_have(four_runs):
     assert result["loss"] == {"lora": [], "reft": []}
     assert result["seconds"]["lora"] == result["seconds"]["reft"] == 0
     assert list(result["device"]) == list(result["versions"]) == ["evaluation"]
+    assert result["weights"] == {"lora": None, "reft": None}
 
 
 def test_the_report_reads_it(four_runs):
@@ -329,8 +699,26 @@ def test_last_screen(four_runs):
     words = "LoRA 1 epochs + LoReFT 1 epochs|95 % interval|seconds|of 20 correct| Yes, | Unknown|GB"
     for expected in f"{words}|results/lora1-reft1|output/lora1-".split("|"):
         assert expected in shown[1, 1].out, expected
+    result, _ = result_of(four_runs[0], "lora1-reft1*")
+    always = f"; always {result['majority_answer']} would score {result['majority_accuracy']}\n"
+    assert always in shown[1, 1].out
+    *_, last = shown[1, 1].out.splitlines()
+    assert re.fullmatch(
+        r"compare  \S*python\S* \S*results/report.py results/lora1-reft1\S*.json ANOTHER.json", last
+    )
     assert "the base model, untrained" in shown[0, 0].out
     assert "stage 1, LoRA is finished in output/lora1-" in shown[1, 0].out  # shared with the run before
+
+
+def test_the_command_that_compares_runs(four_runs):
+    folder, shown = four_runs
+    for flags in (1, 1), (1, 0):
+        command = shown[flags].out.splitlines()[-1].removeprefix("compare").split()
+        (another,) = folder.glob("results/lora0-reft0*.json")
+        command[-1] = str(another)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done
+        assert result_of(folder, "lora0-reft0*")[0]["accuracy"].rstrip("%") in done.stdout
 
 
 def test_a_stage_with_no_epochs_is_absent(four_runs, tiny):
@@ -370,25 +758,6 @@ def test_output_is_small_and_holds_no_model(four_runs):
         name for name in names if "tmp" in name
     ]
     assert not list(four_runs[0].glob(".merged-*"))
-
-
-def test_a_stage_2_has_its_own_peak_memory(tiny, tmp_path, monkeypatch):
-    """Stage 1 is given half a gigabyte more than it needs, which stage 2 does not show."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("here, the peak of a process cannot be reset")
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def clip_with_ballast(parameters, *rest):
-        if len(parameters) > 3:  # LoRA's; LoReFT has R, W and b
-            torch.ones(150_000_000)
-        return clip(parameters, *rest)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_with_ballast)
-    assert run(tmp_path, tiny).status == 0
-    peaks = result_of(tmp_path)[0]["peak_memory_gb"]
-    assert peaks["lora"] > peaks["reft"] + 0.3 and peaks["lora"] > peaks["evaluation"] + 0.3
-    (record,) = tmp_path.glob("output/lora1-reft1-*/heft.json")
-    assert json.loads(record.read_text())["peak_memory_gb"] == peaks["reft"]
 
 
 def test_the_same_command_gives_the_same_result_and_another_seed_another(four_runs, tiny, tmp_path):
@@ -456,28 +825,27 @@ def test_a_gpu_without_bfloat16(paper_model, monkeypatch):
     base = SimpleNamespace(meta_model=paper_model())
     monkeypatch.setattr(heft, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    with pytest.raises(heft.Stop, match="no bfloat16 in hardware.*--dtype float32"):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with pytest.raises(heft.Stop, match="Tesla V100 has no bfloat16 in hardware.*--dtype float32"):
         heft.check_device(base)
     monkeypatch.setattr(heft, "DTYPE", "float32")
     heft.check_device(base)
 
 
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
-        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
-    ],
-)
-def test_no_gpu_and_an_old_driver_are_told_apart(paper_model, monkeypatch, sentence):
-    def init():
-        raise RuntimeError(sentence)
-
+def test_no_gpu(paper_model, monkeypatch):
     base = SimpleNamespace(meta_model=paper_model())
     monkeypatch.setattr(heft, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "init", init)
-    with pytest.raises(heft.Stop, match=re.escape(sentence)):
+    with pytest.raises(heft.Stop, match="no GPU found, .* has 6.7 billion .*heft.sub.*--smoke") as stop:
         heft.check_device(base)
+    assert stop.value.status == 2
+
+
+def test_the_device_of_a_cpu_is_its_processor(monkeypatch):
+    monkeypatch.setattr(heft, "DEVICE", "cpu")
+    (name,) = set(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())) or {
+        os.uname().machine
+    }
+    assert heft.device_name() == f"CPU {name}, {torch.get_num_threads()} threads"
 
 
 def test_memory_is_measured_before_the_first_step(paper_model, monkeypatch):
