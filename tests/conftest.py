@@ -24,6 +24,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import heft_finetuning as heft
 
+# Tests of half a minute whose kind another, quicker test covers: tests/run --all runs them, too.
+SLOW = """
+    at_once[1-float32] a_typo_in_the_base_models_readme stops_the_run[cut-tree] test_a_fixed_revision
+    that_the_hub_cannot_give_now costs_nothing[403-commit] suffices_where_nothing_is_pushed
+    evaluation[SIGHUP] evaluation[SIGINT] while_the_next_one_is_trained the_base_of_the_rotation
+    test_a_refusal_without_a_screen test_folders_of_any_name_are_pushed test_a_closed_screen
+    a_folder_of_the_hubs_files test_no_user_and_no_home is_pushed_with_these[reft
+""".split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        quick = "head -1" in item.nodeid
+        if any(name in item.nodeid for name in SLOW) and not quick:
+            item.add_marker(pytest.mark.slow)
+
 
 def make_tokenizer(texts):
     """Llama 2's tokenizer (▁ for spaces and at the start, but not after a special token; other characters as
