@@ -94,7 +94,7 @@ STOP_STATUS = {signal.SIGTERM: 85, signal.SIGINT: 130, signal.SIGHUP: 129}  # ex
 if __name__ == "__main__":  # before the imports below, which take ten seconds
     with contextlib.suppress(OSError):
         print("heft: loading the libraries", flush=True)
-    for number, status in STOP_STATUS.items():  # until catch_signals
+    for number, status in STOP_STATUS.items():  # until set_up_process
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda *_, status=status: os._exit(status))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # busy waiting is ten times slower on shared cores
@@ -712,7 +712,8 @@ def report_error(error):
 # ----- The process: screen, signals, progress
 def say(text):
     """Print a line. When nobody can read any more (a closed terminal), the run goes on: results are files."""
-    text = text.encode(getattr(sys.stdout, "encoding", None) or "utf-8", "replace").decode(errors="replace")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)  # letters that the screen lacks become ?
     try:
         print(text, flush=True)  # flush: keeps a job's log up to date
     except (OSError, ValueError):

@@ -871,3 +871,17 @@ def test_memory_that_does_not_suffice(capsys):
     assert heft.report_error(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nand more")) == 1
     err = capsys.readouterr().err
     assert err.startswith("heft: error: ") and err.count("\n") == 1 and "--tokens-per-microbatch" in err
+
+
+@pytest.mark.parametrize(
+    "encoding, shown", [("ascii", "mod?le ?"), ("latin-1", "mod\u00e8le ?"), ("utf-8", "mod\u00e8le \u2581")]
+)
+def test_letters_that_the_screen_lacks(monkeypatch, encoding, shown):
+    """They become question marks, and the lines after them still come."""
+    import io
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    heft.say("mod\u00e8le \u2581")
+    heft.say("next")
+    assert stream.buffer.getvalue().decode(encoding) == f"{shown}\nnext\n"
