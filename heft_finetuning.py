@@ -2,14 +2,15 @@
 
 The reference reproduction of "HEFT: A Coarse-to-Fine Hierarchy for Enhancing the Efficiency and Accuracy of
 Language Model Reasoning" (arXiv 2509.09801). If a run is interrupted, its command continues it.
-Exit status: 0 done; 2 an error that you can fix, explained in one line; 85 stopped by SIGTERM, 130 by Ctrl-C
-and 129 by a lost terminal, with a checkpoint on disk; anything else is a failure.
+Exit status: 0 done; 2 an error that you can fix, explained in one line; 85 stopped by SIGTERM, 130 by Ctrl-C,
+129 by a lost terminal, in training with a checkpoint; anything else is a failure.
+HEFT_TRACEBACK=1 in the environment shows the traceback of an error that is explained in one line.
 
     python heft_finetuning.py --smoke                            # tiny embedded model, CPU, offline
     python heft_finetuning.py                                    # the paper's main run, 3 + 3 epochs
     python heft_finetuning.py --epochs-lora 0 --epochs-reft 20   # Table 1, ReFT-only
     python heft_finetuning.py --epochs-lora 20 --epochs-reft 20  # Table 1, the longest run
-    python heft_finetuning.py --epochs-lora 20 --epochs-reft 0   # LoRA-only: last, reuses the above
+    python heft_finetuning.py --epochs-lora 20 --epochs-reft 0   # Table 1, LoRA-only: reuses the above
     condor_submit heft.sub                                       # the main run on a GPU cluster
 """
 
@@ -51,18 +52,19 @@ HF_REPO_LORA = ""          # of the merged model, name or owner/name; "" is heft
 HF_REPO_REFIT = ""         # of the LoReFT intervention (the paper's spelling); "" is heft-<name of stage 2>
 OUTPUT_DIR = "output"      # folder of adapters, interventions and checkpoints (tens of MB)
 RESULTS_DIR = "results"    # folder of results and predictions
-RESULTS_FILE = ""          # name of the result in RESULTS_DIR; "" is <name of the run>.json
 ACCEPT_OTHER_CODE = False  # reuse stages, checkpoints and results that other code made; the result says so
 # ---------------------------------------------------------------------------------------------
 # fmt: on
-# If you edit the code from main() to the line of equals signs, what other code made is refused (after an edit
-# of the evaluation, only results). TAG keeps both; ACCEPT_OTHER_CODE is for edits that change nothing. A new
-# setting also gets a row in the table SETTINGS, below.
+# Files remember the code that made them. After an edit between main() and the evaluation, stages and results
+# of other code are refused; after an edit of the evaluation, only results. Docstrings count, comments do not.
+# TAG keeps both, side by side; ACCEPT_OTHER_CODE is for edits that change nothing. A new setting needs a row
+# in the table SETTINGS, below, with the old behaviour as the paper's value.
 
 import argparse
 import contextlib
 import copy
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -80,14 +82,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 import traceback
 import warnings
+from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 SOURCE = Path(__file__).read_text("utf-8")  # as it runs: the file may be edited meanwhile
 STOP_STATUS = {signal.SIGTERM: 85, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit statuses; 85 is HTCondor's
@@ -134,14 +137,15 @@ def main():
     base = inspect_base_model()
     train_rows = load_boolq("train", base.tokenizer) if EPOCHS_LORA or EPOCHS_REFT else []
     questions = load_boolq("validation", base.tokenizer)
-    lora_examples = lora_training_examples(base.tokenizer, train_rows)
+    lora_examples = lora_training_examples(base.tokenizer, train_rows) if EPOCHS_LORA else []
     reft_examples = reft_training_examples(base.tokenizer, train_rows) if EPOCHS_REFT else []
-    check_data(base, train_rows, lora_examples, questions)
+    check_data(base, train_rows, [*lora_examples, *reft_examples], questions)
     check_device(base)
 
     # Reuse what earlier runs with the same settings, code, data and base model finished; refuse the rest
     run = plan_run(settings, base, train_rows, questions)
-    print_plan(run, base, lora_examples, reft_examples, questions)
+    print_plan(run, base, train_rows, reft_examples, questions)
+    find_earlier_work(run)
     if already_done(run):
         return
     claim_stages(run)
@@ -212,19 +216,20 @@ def lora_training_examples(tokenizer, rows):
 
 
 def reft_training_examples(tokenizer, rows):
-    """What LoReFT learns from, as lists: input_ids (the last prompt token, the answer, EOS), labels, prefix
-    (the tokens before) and prefix_mask (a 1 for each)."""
+    """What LoReFT learns from, as lists: input_ids (the last prompt token, the answer, EOS), labels, and
+    before (the prompt tokens before the last) with a before_mask of ones."""
     examples = []
     for row in rows:
         # The paper's stage 2 has no space before the answer.
         tokens = tokenizer(f"{row['prompt']}{row['answer']}{tokenizer.eos_token}")["input_ids"]
-        *prefix, last = prompt = row["tokens"]
-        answer = tokens[len(prompt) :]  # and EOS, which has a loss, too
-        joined = tokens != prompt + answer
+        prompt = row["tokens"]
+        joined = tokens[: len(prompt)] != prompt
         stop_if(joined, f"the tokenizer of {BASE_MODEL!r} joins prompt and answer: use --epochs-reft 0")
+        before, last = prompt[:-1], prompt[-1]
+        answer = tokens[len(prompt) :]  # and EOS, which has a loss, too
         if len(tokens) <= MAX_LENGTH:  # cutting a longer one would remove its answer
-            before = {"prefix": prefix, "prefix_mask": [1] * len(prefix)}
-            examples.append(before | {"input_ids": [last, *answer], "labels": [IGNORE, *answer]})
+            inputs = {"before": before, "before_mask": [1] * len(before), "input_ids": [last, *answer]}
+            examples.append(inputs | {"labels": [IGNORE, *answer]})
     stop_if(not examples, f"no training example fits into --max-length {MAX_LENGTH}")
     return examples
 
@@ -239,9 +244,10 @@ def load_base_model(base):
     options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, config=base.meta_model.config)
     with explained(f"cannot load the model {BASE_MODEL!r}"):
         model, loading = AutoModelForCausalLM.from_pretrained(base.folder, **options)
-    for kind, problem in (("missing", "lacks weights"), ("unexpected", "has no place for the weights")):
-        names = sorted(loading[f"{kind}_keys"])
-        stop_if(names, f"the model {BASE_MODEL!r} {problem} {', '.join(names[:3])}: check its config.json")
+    name, advice = f"the model {BASE_MODEL!r}", "check its config.json"
+    missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    stop_if(missing, f"{name} lacks weights: {', '.join(missing[:3])}; {advice}")
+    stop_if(unknown, f"{name} has no place for the weights {', '.join(unknown[:3])}; {advice}")
     model.name_or_path = BASE_MODEL  # PEFT writes it into the adapter: not the path of the Hub's cache
     return model
 
@@ -250,44 +256,47 @@ def load_base_model(base):
 def train(stage, module, forward, examples, initial_rate):
     """Train the parameters of `module` that require gradients. Returns the stage's record (new_record).
 
-    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED and the
-    step's number alone, so a resumed run gives the same result. On a signal: checkpoint, exit.
+    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED, the
+    step's number and the number of steps: a resumed run gives the same result. On a signal: checkpoint, exit.
     forward: as in accumulate_gradients."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, initial_rate, weight_decay=0.0)  # the fused rounds differently
     steps_per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # the last may have fewer examples
     steps = steps_per_epoch * stage.epochs
     say(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
-    tensors = [*parameters, *module.buffers()]  # LoReFT's R is computed from a parameter and a buffer
+    tensors = [*parameters, *module.buffers()]  # all that training changes: LoReFT's R has a buffer, too
     record = resume(stage, tensors, optimizer)
     check_memory(forward, examples)
     began = time.monotonic() - record["seconds"]
-    with delayed_signals():
-        for step in range(len(record["loss"]), steps):
-            epoch, position = divmod(step, steps_per_epoch)
-            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
-            batch = [examples[i] for i in order.split(EXAMPLES_PER_STEP)[position]]
-            # Seeds the dropout; from a text, so that no two seeds share masks. (Close ones do share orders:
-            # SEED + epoch is kept for the sake of the stored results.)
-            torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))
-            rate = initial_rate * ((steps - step) / steps)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.zero_grad()
-            loss = accumulate_gradients(forward, batch)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            failed = f"loss {loss}, gradient {norm} at step {step + 1}: try a lower rate, or --dtype float32"
-            stop_if(not (loss + norm).isfinite(), failed, status=1)
-            optimizer.step()
-            record["loss"].append(loss.item())
-            log_progress(record, began, "step", step + 1, steps, f"loss {loss:.4f}, rate {rate:.2e}")
-            save_and_stop(record, stage, tensors, optimizer, end_of_epoch=position == steps_per_epoch - 1)
+    stopping.delayed = True
+    for step in range(len(record["loss"]), steps):
+        epoch, position = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
+        batch = [examples[i] for i in order.split(EXAMPLES_PER_STEP)[position]]
+        # Seeds the dropout; from a text, so that no two seeds share masks. (Close ones do share orders:
+        # SEED + epoch is kept for the sake of the stored results.)
+        torch.manual_seed(random.Random(f"{SEED} {step}").getrandbits(32))
+        rate = initial_rate * ((steps - step) / steps)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss = accumulate_gradients(forward, batch)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        failed = f"loss {loss}, gradient {norm} at step {step + 1}: try a lower rate, or --dtype float32"
+        stop_if(not (loss + norm).isfinite(), failed, status=1)
+        optimizer.step()
+        record["loss"].append(loss.item())
+        log_progress(record, began, "step", step + 1, steps, f"loss {loss:.4f}, rate {rate:.2e}")
+        save_and_stop(record, stage, tensors, optimizer, end_of_epoch=position == steps_per_epoch - 1)
+    stopping.delayed = False
+    if stopping.signal:  # it came after the last step, which has saved a checkpoint
+        on_signal(stopping.signal, None)
     return record
 
 
 def accumulate_gradients(forward, examples):
     """Backpropagate the loss of a step, micro-batch by micro-batch, and return it, a scalar tensor.
 
-    forward: function from a micro-batch without labels to an output with logits (rows, columns, words)."""
+    forward: function from a micro-batch without labels to a model's output; logits: see example_losses."""
     loss = 0.0
     for microbatch in collate(examples):
         labels = microbatch.pop("labels")
@@ -299,15 +308,15 @@ def accumulate_gradients(forward, examples):
 
 
 def example_losses(logits, labels):
-    """Mean token loss of each example: (rows, columns, words) and (rows, columns) to (rows,)."""
+    """Mean token loss of each example: (batch, length, vocabulary) and (batch, length) to (batch,)."""
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # column t predicts token t + 1
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view_as(labels).sum(1) / (labels != IGNORE).sum(1)
 
 
 def collate(examples):
-    """The examples of a step (dicts of lists) as micro-batches (dicts of (rows, columns) tensors). They are
-    padded on the right, where causal attention never looks: without a prefix, no mask is needed."""
+    """The examples of a step (dicts of lists) as micro-batches (dicts of (batch, length) tensors). They are
+    padded on the right, where causal attention never looks: only what comes before input_ids has a mask."""
 
     def padded(key, group):
         rows = [torch.tensor(examples[i][key]) for i in group]
@@ -319,8 +328,8 @@ def collate(examples):
 
 
 def token_count(example):
-    """The tokens that an example adds to a micro-batch (in stage 2, without the start that all share)."""
-    return len(example.get("prefix", [])) + len(example["input_ids"])
+    """The tokens that an example adds to a micro-batch."""
+    return len(example.get("before", [])) + len(example["input_ids"])
 
 
 def microbatches(lengths, max_tokens):
@@ -336,10 +345,8 @@ def microbatches(lengths, max_tokens):
 # ----- Stage 1: LoRA (paper, section 3.2)
 def lora_config():
     """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
-    if LORA_TARGETS in ("", "all-linear"):  # PEFT's default for the model; PEFT's keyword
-        targets = LORA_TARGETS or None
-    else:
-        targets = LORA_TARGETS.replace(",", " ").split()
+    names = LORA_TARGETS.replace(",", " ").split()
+    targets = LORA_TARGETS if LORA_TARGETS == "all-linear" else names or None  # None: PEFT's default
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
@@ -392,25 +399,28 @@ def prepare_forward(model, reft_model, examples):
     """(examples without the start that all prompts share, function `forward` for `train`).
 
     The paper backpropagates through all prompt tokens. Only the last one is edited: keys and values of those
-    before it do not depend on what is trained, and need no gradient. The shared start is computed once and
-    removed from `prefix`, which keeps at least one token, but not from prefix_mask."""
-    common = os.path.commonprefix([example["prefix"][:-1] for example in examples])
-    examples = [example | {"prefix": example["prefix"][len(common) :]} for example in examples]
+    before it do not depend on what is trained, and need no gradient. Those of the shared start are computed
+    once: it is removed from `before`, which keeps at least one token, but not from before_mask."""
+    # A row is [start | before, padded | last prompt token, answer, EOS]; the cache holds the first two.
+    # commonprefix works on lists, too; without its last token, no `before` becomes empty.
+    common = os.path.commonprefix([example["before"][:-1] for example in examples])
+    examples = [example | {"before": example["before"][len(common) :]} for example in examples]
     decoder = model.base_model  # transformers' name for the model without its output layer
     start = decoder(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
 
-    def forward(input_ids, prefix, prefix_mask):
-        # input_ids: (rows, columns), the last prompt token and the answer. prefix: (rows, tokens between them
-        # and the shared start). prefix_mask: (rows, tokens of start and prefix), 0 where a prefix is padded.
+    def forward(input_ids, before, before_mask):
+        # input_ids: (batch, length), last prompt token, answer and EOS. before: (batch, tokens between start
+        # and input_ids). before_mask: (batch, tokens of start and before), 0 where before is padded.
         cache = copy.deepcopy(start)
         cache.batch_repeat_interleave(len(input_ids))
-        decoder(prefix, past_key_values=cache)  # fills the cache; without intervention or gradient
-        position = prefix_mask.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=DEVICE)
-        mask = torch.cat([prefix_mask, torch.ones_like(input_ids)], 1)
+        with torch.no_grad():
+            decoder(before, past_key_values=cache)  # only for its keys and values, which it adds to the cache
+        position = before_mask.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=DEVICE)
+        mask = torch.cat([before_mask, torch.ones_like(input_ids)], 1)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position}
-        # Column 0 is the last prompt token: there, and nowhere else, the hidden state is edited. pyvene
-        # returns the output without the intervention, too, as [0].
-        return reft_model(inputs | {"past_key_values": cache}, unit_locations={"base": 0})[1]
+        # Column 0 is the last prompt token: there, and nowhere else, the hidden state is edited.
+        _, edited = reft_model(inputs | {"past_key_values": cache}, unit_locations={"base": 0})
+        return edited
 
     return examples, forward
 
@@ -438,7 +448,7 @@ def generate_answers(model, reft_model, tokenizer, questions):
         else:
             output = model.generate(**rows, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)
-        text_of |= zip(group, texts)
+        text_of.update(zip(group, texts))
         log_progress(record, began, "micro-batch", number, len(groups), f"{len(text_of):,} questions")
     return [text_of[i].strip() for i in range(len(prompts))], record
 
@@ -472,75 +482,73 @@ def score(predictions, answers):
 HERE = Path(__file__).resolve().parent
 
 
-def expand(text):
-    """A folder or name with ~ and $VARIABLE replaced. ValueError if one of them has no value."""
-    text = os.path.expanduser(os.path.expandvars(text.strip()))
-    if text[0] == "~" or "$" in text:
-        raise ValueError(text)
-    return text
+Legal = namedtuple("Legal", "convert is_legal words")  # text of a flag to value, test of a value, in words
 
 
 @dataclass
 class Setting:
     """What the values of a setting may be, what they decide, and how they enter the name of a run."""
 
-    convert: object  # function from the text of a flag to the value
-    is_legal: object  # function from the value to True or False
-    words: str  # the legal values, for messages
-    decides: str = ""  # the part that depends on it: epochs, stages (both), lora, reft, evaluation; "" none
+    legal: Legal
+    decides: str = ""  # what depends on it: epochs, stages (both), lora, reft, evaluation; "" nothing
     prefix: str = ""  # of the value in names
     paper: object = None  # the paper's value, which names leave out
 
 
+def expand(text):
+    """A folder or name with ~ and $VARIABLE replaced; "" if one of them has no value."""
+    text = os.path.expanduser(os.path.expandvars(text.strip()))
+    return "" if text.startswith("~") or "$" in text else text
+
+
 # fmt: off
-COUNT = (int, lambda n: 0 <= n < 2**32, "a whole number from 0")
-SIZE = (int, lambda n: 1 <= n < 2**32, "a whole number from 1")
-LENGTH = (int, lambda n: 2 <= n < 2**32, "a whole number from 2")
-SHARE = (float, lambda x: 0 <= x < 1, "from 0 to below 1")
-RATE = (float, lambda x: 0 < x < math.inf, "above 0")
-PRECISION = (str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32")
-PLACE = (expand, len, "a name, not empty, in which each ~ and $VARIABLE has a value")
-LINE = (str, lambda text: text.isprintable() and text != "None", 'one line, "" for none')
-WORD = (str, re.compile("[A-Za-z0-9._+]*").fullmatch, 'letters, digits and . _ +, "" for none')
-FILE = (str, re.compile(r"([^/]*\.json)?").fullmatch, "a file name in .json, without a folder")
-SWITCH = (bool, None, "True or False")
+COUNT = Legal(int, lambda n: 0 <= n < 2**32, "a whole number from 0")
+SIZE = Legal(int, lambda n: 1 <= n < 2**32, "a whole number from 1")
+LENGTH = Legal(int, lambda n: 2 <= n < 2**32, "a whole number from 2")
+SHARE = Legal(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+RATE = Legal(float, lambda x: 0 < x < math.inf, "above 0")
+PRECISION = Legal(str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32")
+PLACE = Legal(expand, len, "a name, not empty, in which each ~ and $VARIABLE has a value")
+# A constant that is edited to None arrives as the text "None".
+LINE = Legal(str, lambda text: text.isprintable() and text != "None", 'one line, "" for none')
+WORD = Legal(str, re.compile("[A-Za-z0-9._+]*").fullmatch, 'letters, digits and . _ +, "" for none')
+SWITCH = Legal(bool, None, "True or False")
 # For example, LORA_RANK must be a whole number from 1. It decides stage 1, if the run has one, and all that
 # builds on it. A run with another value than the paper's 8 is called lora3-reft3-lora_rank16, and a folder
 # with files of another rank is refused. Names list the settings in this order: do not reorder.
-SETTINGS = {name: Setting(*legal, *more) for name, legal, *more in [
-    # name                    legal      decides       prefix in names  paper's value
-    ("EPOCHS_LORA",           COUNT,     "epochs",     "lora"),  # always named
-    ("EPOCHS_REFT",           COUNT,     "epochs",     "reft"),
-    ("BASE_MODEL",            PLACE,     "stages",     "",              "meta-llama/Llama-2-7b-chat-hf"),
-    ("BASE_REVISION",         LINE,      "stages",     "revision_",     ""),
-    ("DATASET",               PLACE,     "stages",     "on_",           "google/boolq"),
-    ("LORA_RANK",             SIZE,      "lora",       "lora_rank",     8),
-    ("LORA_ALPHA",            SIZE,      "lora",       "lora_alpha",    32),
-    ("LORA_DROPOUT",          SHARE,     "lora",       "lora_dropout",  0.05),
-    ("LORA_TARGETS",          LINE,      "lora",       "lora_targets_", ""),
-    ("LEARNING_RATE_LORA",    RATE,      "lora",       "lr_lora",       2e-4),
-    ("REFT_LAYER",            COUNT,     "reft",       "reft_layer",    15),
-    ("REFT_RANK",             SIZE,      "reft",       "reft_rank",     4),
-    ("LEARNING_RATE_REFT",    RATE,      "reft",       "lr_reft",       2e-4),
-    ("EXAMPLES_PER_STEP",     SIZE,      "stages",     "examples_per_step", 32),
-    ("MAX_LENGTH",            LENGTH,    "stages",     "max_length",    2048),
-    ("MAX_NEW_TOKENS",        SIZE,      "evaluation", "max_new_tokens", 5),
-    ("DTYPE",                 PRECISION, "stages",     "dtype_",        "bfloat16"),
-    ("SEED",                  COUNT,     "stages",     "seed",          42),
-    ("MAX_TRAIN_SAMPLES",     COUNT,     "stages",     "train",         0),
-    ("MAX_EVAL_SAMPLES",      COUNT,     "evaluation", "eval",          0),
-    ("TAG",                   WORD,      "stages",     "",              ""),
-    ("TOKENS_PER_MICROBATCH", SIZE),  # stated in the result; a checkpoint needs it unchanged
-    ("PUSH_TO_HUB",           SWITCH),
-    ("PRIVATE_REPOS",         SWITCH),
-    ("HF_USER",               LINE),
-    ("HF_REPO_LORA",          LINE),
-    ("HF_REPO_REFIT",         LINE),
-    ("OUTPUT_DIR",            PLACE),
-    ("RESULTS_DIR",           PLACE),
-    ("RESULTS_FILE",          FILE),
-    ("ACCEPT_OTHER_CODE",     SWITCH),
-]}
+SETTINGS = {
+    # name                           legal      decides       prefix in names      paper's value
+    "EPOCHS_LORA":           Setting(COUNT,     "epochs",     "lora"),  # always named
+    "EPOCHS_REFT":           Setting(COUNT,     "epochs",     "reft"),
+    "BASE_MODEL":            Setting(PLACE,     "stages",     "",         "meta-llama/Llama-2-7b-chat-hf"),
+    "BASE_REVISION":         Setting(LINE,      "stages",     "revision_",         ""),
+    "DATASET":               Setting(PLACE,     "stages",     "on_",               "google/boolq"),
+    "LORA_RANK":             Setting(SIZE,      "lora",       "lora_rank",         8),
+    "LORA_ALPHA":            Setting(SIZE,      "lora",       "lora_alpha",        32),
+    "LORA_DROPOUT":          Setting(SHARE,     "lora",       "lora_dropout",      0.05),
+    "LORA_TARGETS":          Setting(LINE,      "lora",       "lora_targets_",     ""),
+    "LEARNING_RATE_LORA":    Setting(RATE,      "lora",       "lr_lora",           2e-4),
+    "REFT_LAYER":            Setting(COUNT,     "reft",       "reft_layer",        15),
+    "REFT_RANK":             Setting(SIZE,      "reft",       "reft_rank",         4),
+    "LEARNING_RATE_REFT":    Setting(RATE,      "reft",       "lr_reft",           2e-4),
+    "EXAMPLES_PER_STEP":     Setting(SIZE,      "stages",     "examples_per_step", 32),
+    "MAX_LENGTH":            Setting(LENGTH,    "stages",     "max_length",        2048),
+    "MAX_NEW_TOKENS":        Setting(SIZE,      "evaluation", "max_new_tokens",    5),
+    "DTYPE":                 Setting(PRECISION, "stages",     "dtype_",            "bfloat16"),
+    "SEED":                  Setting(COUNT,     "stages",     "seed",              42),
+    "MAX_TRAIN_SAMPLES":     Setting(COUNT,     "stages",     "train",             0),
+    "MAX_EVAL_SAMPLES":      Setting(COUNT,     "evaluation", "eval",              0),
+    "TAG":                   Setting(WORD,      "stages",     "",                  ""),
+    "TOKENS_PER_MICROBATCH": Setting(SIZE),  # stated in the result; a checkpoint needs it unchanged
+    "PUSH_TO_HUB":           Setting(SWITCH),
+    "PRIVATE_REPOS":         Setting(SWITCH),
+    "HF_USER":               Setting(LINE),
+    "HF_REPO_LORA":          Setting(LINE),
+    "HF_REPO_REFIT":         Setting(LINE),
+    "OUTPUT_DIR":            Setting(PLACE),
+    "RESULTS_DIR":           Setting(PLACE),
+    "ACCEPT_OTHER_CODE":     Setting(SWITCH),
+}
 # What --smoke changes: the same script on the embedded toy, which needs larger steps.
 SMOKE_VALUES = dict(
     BASE_MODEL=os.path.relpath(HERE / "smoke/model"), DATASET=os.path.relpath(HERE / "smoke/data"),
@@ -556,26 +564,20 @@ def read_settings(arguments):
     parser.error = partial(stop_if, True)
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
     first_screen = SOURCE.partition("\nimport ")[0]
-    constants = re.findall(r"^([A-Z_]+) = .*?(?:  # (.*))?$", first_screen, re.M)
-    known = ["--smoke"]
-    for name, comment in constants:
-        stop_if(
-            name not in SETTINGS, f"{name} has no row in the table SETTINGS, so nothing would notice a change"
-        )
-        setting, default = SETTINGS[name], globals()[name]
-        flag = name.lower().replace("_", "-")
-        known += [f"--{flag}", f"--no-{flag}"] if setting.convert is bool else [f"--{flag}"]
-        about = f"{comment} [{setting.words}; default: {default!r}]".replace("%", "%%")
-        if setting.convert is bool:
-            stop_if(not isinstance(default, bool), f"{name} must be True or False, not {default!r}")
+    for name, comment in re.findall(r"^([A-Z_]+) = .*?(?:  # (.*))?$", first_screen, re.M):
+        stop_if(name not in SETTINGS, f"{name} has no row in SETTINGS: nothing would notice a change of it")
+        legal, default = SETTINGS[name].legal, globals()[name]
+        if legal is SWITCH:
+            stop_if(default not in (True, False), f"{name} must be True or False, not {default!r}")
             options = dict(action=argparse.BooleanOptionalAction, default=default)
-        else:
-            # The default is passed as text, so that argparse checks an edited constant like a flag.
-            options = dict(type=partial(legal_value, setting), default=str(default), metavar="X")
-        parser.add_argument(f"--{flag}", dest=name, help=about, **options)
+        else:  # the default as text, so that argparse checks an edited constant like a flag
+            options = dict(type=partial(legal_value, legal), default=str(default), metavar="X")
+        about = f"{comment} [{legal.words}; default: {default!r}]".replace("%", "%%")
+        parser.add_argument(f"--{name.lower().replace('_', '-')}", dest=name, help=about, **options)
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        flags = re.findall(r"--[a-z-]+", parser.format_usage())
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         hint = f"do you mean {near[0]}?" if near else "--help lists the flags"
         raise Stop(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
     if values.SMOKE:  # then again, with other defaults
@@ -584,30 +586,30 @@ def read_settings(arguments):
     return vars(values)
 
 
-def legal_value(setting, text):
+def legal_value(legal, text):
     """The value of a setting from the text of a flag or a constant."""
-    with contextlib.suppress(ValueError, IndexError):
-        value = setting.convert(text)
-        if setting.is_legal(value):
+    with contextlib.suppress(ValueError):
+        value = legal.convert(text)
+        if legal.is_legal(value):
             return value
-    raise argparse.ArgumentTypeError(f"must be {setting.words} (it is {text!r})")
+    raise argparse.ArgumentTypeError(f"must be {legal.words} (it is {text!r})")
 
 
-def deciding_settings(settings, part):
-    """Names of the settings that decide the outcome of "lora" (stage 1), "reft" (stage 2) or "run"."""
-    epochs = ["EPOCHS_LORA"] if part == "lora" else ["EPOCHS_LORA", "EPOCHS_REFT"]
-    parts = ["stages", "evaluation"] if part == "run" else ["stages"]
-    parts += ["lora"] if settings["EPOCHS_LORA"] else []
-    parts += ["reft"] if settings["EPOCHS_REFT"] and part != "lora" else []
-    return epochs + [name for name, setting in SETTINGS.items() if setting.decides in parts]
+def deciding_settings(settings, outcome):
+    """Names of the settings that decide the outcome "lora" (stage 1), "reft" (stage 2) or "run"."""
+    groups = ["stages", "evaluation"] if outcome == "run" else ["stages"]
+    groups += ["lora"] if settings["EPOCHS_LORA"] else []
+    groups += ["reft"] if settings["EPOCHS_REFT"] and outcome != "lora" else []
+    epochs = ["EPOCHS_LORA"] if outcome == "lora" else ["EPOCHS_LORA", "EPOCHS_REFT"]
+    return epochs + [name for name, setting in SETTINGS.items() if setting.decides in groups]
 
 
-def name_of(settings, part):
+def name_of(settings, outcome):
     """Such as lora3-reft3-seed7: the epochs, then what differs from the paper (or from the smoke run)."""
     usual = {name: setting.paper for name, setting in SETTINGS.items()}
     usual |= SMOKE_VALUES if settings["SMOKE"] else {}
     words = []
-    for name in deciding_settings(settings, part):
+    for name in deciding_settings(settings, outcome):
         value = settings[name]
         if value != usual[name]:
             text = value if isinstance(value, str) else f"{value:.10g}"
@@ -622,24 +624,20 @@ def shortened(name, limit):
     return name if len(name) <= limit else f"{name[: limit - 17].rstrip('-.')}-{digest(name)}"
 
 
-def made_with(settings, part, **hashes):
-    """All that decides the outcome of a part: its settings and, as hashes, its code, model and data."""
-    names = set(deciding_settings(settings, part)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
+def made_with(settings, outcome, **hashes):
+    """All that decides an outcome: its settings and, as hashes, its code, model and data."""
+    names = set(deciding_settings(settings, outcome)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
     hashes["CODE_OF_STAGES"] = code_hash("def main():", "# ----- Evaluation")
-    if part == "run":
+    if outcome == "run":
         hashes["CODE_OF_EVALUATION"] = code_hash("# ----- Evaluation", "# ======")
     return {name: settings[name] for name in SETTINGS if name in names} | hashes
 
 
 def code_hash(start, end):
-    """Hash of this script from the line `start` to the line `end`, without comments and blank lines."""
+    """Hash of this script from the line `start` to the line `end`, without blank lines and comments."""
     text = SOURCE[SOURCE.index(f"\n{start}") : SOURCE.index(f"\n{end}")]
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    return digest([line.rstrip() for line in lines if line.strip()])
+    lines = [re.sub(r"(^|  )\s*#.*", "", line).rstrip() for line in text.splitlines()]
+    return digest([line for line in lines if line])
 
 
 @functools.cache
@@ -674,7 +672,7 @@ def stop_if(condition, message, status=2):
 @contextlib.contextmanager
 def explained(what, status=2):
     """Turn an error of a library into a Stop whose message begins with `what`; of status 1 if the Hub fails.
-    Keep the block small: it hides bugs, too (HEFT_TRACEBACK=1 shows them)."""
+    Keep the block small: it hides bugs, too."""
     try:
         yield
     except (Stop, torch.OutOfMemoryError):
@@ -685,45 +683,34 @@ def explained(what, status=2):
         answer = getattr(getattr(error, "response", None), "status_code", 0)  # the Hub's, such as 404
         unreachable = (httpx2.RequestError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
         no_answer = isinstance(error, unreachable) and not answer and not huggingface_hub.is_offline_mode()
-        raise Stop(f"{what} ({first_line(error)})", 1 if answer > 404 or no_answer else status) from error
-
-
-def first_line(error):
-    """The first line of an exception's message: libraries add pages of advice."""
-    kind = "" if isinstance(error, Stop) else f"{type(error).__name__}: "
-    return (kind + str(error).strip()).partition("\n")[0][:300]
+        status = 1 if no_answer or answer > 404 else status  # up to 404 the user can fix it, 429 and 500 not
+        why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]  # not the pages of advice
+        raise Stop(f"{what} ({why})", status) from error
 
 
 def report_error(error):
     """Print what ended the program: one line, or the traceback of a bug. Returns the exit status."""
+    cause = error
     if isinstance(error, torch.OutOfMemoryError):
         smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
         error = Stop(f"GPU memory is full: set {smaller}, or use a GPU with more memory", 1)
-    if isinstance(error, OSError) and error.filename:  # such as a full disk
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = Stop(f"{error.filename}: {error.strerror}; when that is fixed, the same command continues", 1)
     with contextlib.suppress(OSError, ValueError):  # nobody can read it, but the status counts
         if not isinstance(error, Stop) or os.environ.get("HEFT_TRACEBACK"):
-            traceback.print_exception(error)
+            traceback.print_exception(cause)
         if isinstance(error, Stop):
             print(f"heft: error: {error}", file=sys.stderr)
-    return error.status if isinstance(error, Stop) else 1
+    return getattr(error, "status", 1)
 
 
 # ----- The process: screen, signals, progress
-def say(text):
-    """Print a line. When nobody can read any more (a closed terminal), the run goes on: results are files."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)  # letters that the screen lacks become ?
-    try:
-        print(text, flush=True)  # flush: keeps a job's log up to date
-    except (OSError, ValueError):
-        sys.stdout = None  # print then does nothing
-
-
 def set_up_process():
     """Prepare screen, signals and libraries, whose own messages stay off the screen."""
-    if SMOKE:
-        globals()["DEVICE"] = "cpu"
+    global DEVICE
+    DEVICE = "cpu" if SMOKE else DEVICE
+    with contextlib.suppress(AttributeError):  # a notebook's screen, or none
+        sys.stdout.reconfigure(errors="replace")  # letters that it lacks become ?
     for number in STOP_STATUS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, on_signal)
@@ -740,31 +727,27 @@ def set_up_process():
         huggingface_hub.set_client_factory(client)
 
 
-delayed = False  # True in training, where a step that has begun is to end with a checkpoint
-pending_signal = None  # the signal that came meanwhile
+def say(text):
+    """Print a line. When nobody can read any more (a closed terminal), the run goes on: results are files."""
+    try:
+        print(text, flush=True)  # flush: keeps a job's log up to date
+    except (OSError, ValueError):
+        sys.stdout = None  # print then does nothing
+
+
+# delayed: in training, a signal waits until the step has ended and a checkpoint is saved. signal: which one
+stopping = SimpleNamespace(delayed=False, signal=None)
 
 
 def on_signal(number, _frame):
-    """End the program or, while signals are delayed, only remember the first one for save_and_stop."""
-    global pending_signal
-    impatient = pending_signal and number == signal.SIGINT  # a second Ctrl-C
-    if delayed and not impatient:
-        pending_signal = pending_signal or number
+    """End the program or, while that is delayed, only remember the signal for save_and_stop."""
+    impatient = stopping.signal and number == signal.SIGINT  # a second Ctrl-C
+    if stopping.delayed and not impatient:
+        stopping.signal = stopping.signal or number
         return
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"\nstopped by {signal.Signals(number).name}; the same command continues\n".encode())
     sys.exit(STOP_STATUS[number])
-
-
-@contextlib.contextmanager
-def delayed_signals():
-    """Within the block, a first signal does not end the program."""
-    global delayed
-    delayed = True
-    yield
-    delayed = False
-    if pending_signal:  # it came after the last step, which has saved a checkpoint
-        on_signal(pending_signal, None)
 
 
 def log_progress(record, began, unit, done, total, text):
@@ -782,52 +765,43 @@ def log_progress(record, began, unit, done, total, text):
         say(f"{unit} {done} of {total}: {text}, {pace:.2f} s per {unit}, {left} left")
 
 
-# ----- Reading data
+# ----- Reading data: nothing is guessed, a row is right or refused
 def read_rows(split):
-    """All rows of a split, in order: dicts with question and passage (text) and answer (bool, 0 or 1)."""
-    rows = []
-    for location, row in (read_folder if os.path.isdir(DATASET) else read_hub)(split):
-        with explained(f"{location}: a row needs question and passage (text) and answer (true or false)"):
-            if isinstance(row, bytes):  # from read_folder; parsed here, so that an error names its line
-                row = json.loads(row.decode(), object_pairs_hook=without_repetition)
-            for key in ("question", "passage"):
-                if not isinstance(row[key], str) or re.search(r"[\ud800-\udfff]", row[key]):
-                    raise ValueError(f"its {key} is not text")
-            if not isinstance(row["answer"], int) or row["answer"] not in (0, 1):
-                raise ValueError(f"its answer is {row['answer']!r}")
-        rows.append(row)
+    """All rows of a split, in order: dicts with question and passage (text) and answer (bool)."""
+    if os.path.isdir(DATASET):
+        path = Path(DATASET, f"{split}.jsonl")
+        convert = f"datasets.load_dataset(...)[{split!r}].to_json({path.name!r}) writes it"
+        with explained(f"cannot read {path}, which a dataset folder must contain: {convert}"):
+            rows = path.read_bytes().splitlines()
+        location = f"{path}, line"
+    else:
+        rows = read_hub(split)
+        location = f"{DATASET}, {split}, row"
     stop_if(not rows, f"the {split} split of the dataset {DATASET!r} is empty")
-    return rows
+    return [checked_row(row, f"{location} {number}") for number, row in enumerate(rows, 1)]
 
 
-def without_repetition(pairs):
-    """A JSON object as a dict. json alone would take the last of equal keys."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("it has a key twice")
-    return dict(pairs)
-
-
-def read_folder(split):
-    """(location, line) of each line of DATASET/<split>.jsonl. Nothing is guessed: a row is a line of JSON."""
-    path = Path(DATASET, f"{split}.jsonl")
-    convert = f"datasets.load_dataset(...)[{split!r}].to_json({path.name!r}) writes it"
-    with explained(f"cannot read {path}, which a dataset folder must contain: {convert}"):
-        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+def checked_row(row, location):
+    """A row, a dict or a line of JSON, as a dict. Stop if it is not as read_rows promises."""
+    with explained(f"{location}: a row needs question and passage (text) and answer (true or false)"):
+        if isinstance(row, bytes):
+            pairs = json.loads(row.decode(), object_pairs_hook=list)  # a dict would hide equal keys
+            row = dict(pairs)
+            if len(row) < len(pairs):
+                raise ValueError("it has a key twice")
+        for key, kind in dict(question=str, passage=str, answer=bool).items():
+            if type(row[key]) is not kind or re.search(r"[\ud800-\udfff]", str(row[key])):
+                raise ValueError(f"its {key} is {row[key]!r}"[:200])
+    return row
 
 
 def read_hub(split):
-    """(location, row) of each row of the Hub's dataset DATASET, whose columns must have BoolQ's types."""
+    """The rows of a split of the Hub's dataset DATASET."""
     no_name = f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq"
     stop_if(DATASET.count("/") != 1, no_name)
     check_download_locks("datasets", DATASET)
     with explained(f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"):
-        rows = datasets.load_dataset(DATASET, split=split)
-    for name, dtype in {"question": "string", "passage": "string", "answer": "bool"}.items():
-        found = getattr(rows.features.get(name), "dtype", None)
-        wrong = found not in (dtype, f"large_{dtype}")
-        stop_if(wrong, f"{name} in {DATASET!r} must be {dtype}, as in google/boolq, not {found}")
-    return [(f"{DATASET}, {split}, row {number}", row) for number, row in enumerate(rows.to_list(), 1)]
+        return datasets.load_dataset(DATASET, split=split).to_list()
 
 
 # ----- The base model and the machine, checked before anything takes time
@@ -854,15 +828,14 @@ def inspect_base_model():
     usable = f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"
     with explained(usable):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     plain = config.get_text_config() is config and not hasattr(config, "quantization_config")
     stop_if(not plain, f"{BASE_MODEL!r} is multimodal or quantized: use a plain language model")
     adapter = (folder / "adapter_config.json").exists()  # transformers would attach it unasked
     stop_if(adapter, f"{BASE_MODEL!r} holds a PEFT adapter, too: merge it, or move it away")
-    with explained(usable):
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     check_tokenizer(tokenizer)
     if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
-        config.pad_token_id = None  # it is never looked at
+        config.pad_token_id = None  # torch refuses one without a row in the embedding
     with explained(usable), torch.device("meta"):
         meta_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
     choose_padding(tokenizer, meta_model)
@@ -879,11 +852,9 @@ def content_of_model(folder):
     if os.path.isdir(BASE_MODEL) or huggingface_hub.is_offline_mode():
         weights = {path.name: digest(path) for path in folder.glob("*.safetensors")}
     else:  # not downloaded yet, but the Hub has their SHA-256
-        info = huggingface_hub.model_info(BASE_MODEL, revision=folder.name, files_metadata=True)
-        files = {file.rfilename: file.lfs for file in info.siblings if "/" not in file.rfilename}
-        weights = {
-            name: lfs.sha256[:16] for name, lfs in files.items() if lfs and name.endswith(".safetensors")
-        }
+        files = huggingface_hub.model_info(BASE_MODEL, revision=folder.name, files_metadata=True).siblings
+        files = [file for file in files if file.lfs and re.fullmatch(r"[^/]*\.safetensors", file.rfilename)]
+        weights = {file.rfilename: file.lfs.sha256[:16] for file in files}
     stop_if(not weights, f"{BASE_MODEL!r} holds no weights in safetensors form")
     patterns = ["config.json", *TOKENIZER_FILES]
     others = {path.name: digest(path) for pattern in patterns for path in folder.glob(pattern)}
@@ -893,7 +864,7 @@ def content_of_model(folder):
 def download(name, revision, patterns):
     """The folder in the Hub's cache with these files of a model, downloaded if they are not there."""
     check_download_locks("models", name)
-    at = f"at --base-revision {revision}, " if revision else ""
+    at = f"at --base-revision {BASE_REVISION}, " if BASE_REVISION else ""
     with explained(f"cannot use {name!r} {at}as --base-model, the folder or Hub name of a language model"):
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
 
@@ -902,18 +873,18 @@ def check_download_locks(kind, name):
     """Stop if another process is downloading it: huggingface_hub would wait for its locks without a word."""
     locks = Path(huggingface_hub.constants.HF_HUB_CACHE, ".locks", f"{kind}--{name.replace('/', '--')}")
     for path in locks.glob("*.lock"):
-        with path.open() as file:
-            wait = f"another process is downloading {name}: try again when it has ended, or remove {path}"
-            stop_if(not try_lock(file, fcntl.LOCK_SH), wait, status=1)
+        busy = f"another process is downloading {name}: try again when it has ended, or remove {path}"
+        with contextlib.suppress(OSError):  # a cache of somebody else
+            lock(path, busy, fcntl.LOCK_SH).close()  # shared: others may look, too
 
 
 def check_device(base):
     """Stop if this machine cannot run the model. Its memory is measured later, by check_memory."""
-    size = base.meta_model.num_parameters() / 1e9
     if DEVICE == "cuda":
         able = DTYPE == "float32" or torch.cuda.get_device_capability() >= (8, 0)
         stop_if(not able, f"{device_name()} has no bfloat16 in hardware: use another GPU, or --dtype float32")
     else:
+        size = base.meta_model.num_parameters() / 1e9
         advice = "use a GPU of 32 GB (condor_submit heft.sub; nvidia-smi shows its driver), or try --smoke"
         stop_if(size > 2, f"no GPU found, and {BASE_MODEL!r} has {size:.1f} billion parameters: {advice}")
 
@@ -928,15 +899,14 @@ def device_name():
 
 
 def check_memory(forward, examples):
-    """Run the largest possible micro-batches once on a GPU: too little memory shows within seconds."""
+    """Run the largest possible micro-batch once on a GPU: too little memory shows within seconds."""
 
-    def full_microbatch(example):  # as many copies as fit
-        return [example] * min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
+    def rows(example):  # of a full micro-batch of this length
+        return min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
 
     if DEVICE != "cpu":
-        accumulate_gradients(forward, full_microbatch(max(examples, key=token_count)))
-        most_tokens = max(map(full_microbatch, examples), key=lambda rows: len(rows) * token_count(rows[0]))
-        accumulate_gradients(forward, most_tokens)
+        largest = max(examples, key=lambda example: rows(example) * token_count(example))
+        accumulate_gradients(forward, [largest] * rows(largest))
 
 
 # ----- Other models, tokenizers and data: the paper's pass all of these checks
@@ -964,8 +934,8 @@ def check_lora(meta_model):
         found = any(f".{name}".endswith(f".{target}") for name in adapted.targeted_module_names)
         stop_if(not found, f"{flag}: no layer of {BASE_MODEL!r} is called {target}")
     ends = [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
-    adapted_end = any(hasattr(layer, "base_layer") for layer in ends)  # PEFT wraps the layers it adapts
-    shared = meta_model.config.tie_word_embeddings and adapted_end
+    at_an_end = any(hasattr(layer, "base_layer") for layer in ends)  # PEFT wraps the layers it adapts
+    shared = meta_model.config.tie_word_embeddings and at_an_end
     stop_if(shared, f"{flag}: input and output embeddings are one matrix, so no update can be merged")
     adapted.unload()  # get_peft_model has changed meta_model itself
     return targets
@@ -982,23 +952,20 @@ def check_reft(meta_model):
 
 def check_data(base, train_rows, examples, questions):
     """Stop if a row is longer than the model allows, or has tokens that the model does not know."""
-    prompts = [question["tokens"] for question in questions]
-    texts = [*prompts, *(example["input_ids"] for example in examples)]
+    texts = [row["tokens"] for row in [*train_rows, *questions]] + [row["input_ids"] for row in examples]
     highest = max(base.tokenizer.eos_token_id, base.tokenizer.pad_token_id, *map(max, texts))
     size = base.meta_model.get_input_embeddings().weight.shape[0]
     stop_if(highest >= size, f"{BASE_MODEL!r} has {size} tokens, its tokenizer produces number {highest}")
     check_tokenizer_file(base, [row["prompt"] for row in [*train_rows, *questions]])
-    longest = max(*map(len, texts), *(len(prompt) + MAX_NEW_TOKENS for prompt in prompts))
-    limits = [getattr(base.meta_model.config, "max_position_embeddings", None)]
-    config = base.meta_model.config.to_dict()
-    rope = config.get("rope_parameters") or {}
-    for part in (rope, *rope.values()):  # for all layers, or for each kind of layer
-        if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(part.get("original_max_position_embeddings"))  # beyond, a row depends on its batch
-    if EPOCHS_REFT:  # a sliding window would count the padding between prefix and last prompt token
-        sizes = [size for name, size in config.items() if re.search("window(_size)?$", name)]
-        limits += [size for size in sizes if type(size) is int]
-    limit = min(filter(None, limits), default=longest)
+    lengths = [len(row["tokens"]) + MAX_NEW_TOKENS for row in questions]
+    longest = max(lengths + [token_count(example) for example in examples])
+    # Beyond the original length of a stretched model, a row depends on its batch. So it does beyond a sliding
+    # window, which would count the padding between `before` and the last prompt token.
+    config = base.meta_model.config
+    sizes = "original_max_position_embeddings" + ("|window|window_size" if EPOCHS_REFT else "")
+    limits = re.findall(rf'(?:{sizes})": (\d+)', config.to_json_string(use_diff=False))
+    limits.append(getattr(config, "max_position_embeddings", None) or longest)
+    limit = min(map(int, limits))
     remedy = "leave out longer rows, or use another model (or --max-length; with a window, --epochs-reft 0)"
     stop_if(longest > limit, f"{BASE_MODEL!r} takes {limit} tokens, and a row has {longest}: {remedy}")
 
@@ -1007,17 +974,15 @@ def check_tokenizer_file(base, prompts):
     """Stop if transformers' tokenizer ignores a part of tokenizer.json, with which the model was trained.
     Spaces are not compared: Llama 2's class adds fewer than its file, as the paper's slow tokenizer does."""
     file = base.folder / "tokenizer.json"
-    if not file.exists():
-        return
-    as_written = Tokenizer.from_file(str(file))
-    as_written.no_padding()
-    as_written.no_truncation()
-    written = as_written.encode_batch(prompts, add_special_tokens=False)
-    for ids, expected in zip(base.tokenizer(prompts, add_special_tokens=False)["input_ids"], written):
-        tokens = [token.replace("▁", "") for token in base.tokenizer.convert_ids_to_tokens(ids)]
-        expected = [token.replace("▁", "") for token in expected.tokens]
-        other = list(filter(None, tokens)) != list(filter(None, expected))
-        stop_if(other, f"transformers ignores a part of {file}: use another model")
+    if file.exists():
+        as_written = Tokenizer.from_file(str(file))
+        as_written.no_padding()
+        as_written.no_truncation()
+        written = as_written.encode_batch(prompts, add_special_tokens=False)
+        for ids, expected in zip(base.tokenizer(prompts, add_special_tokens=False)["input_ids"], written):
+            tokens = base.tokenizer.convert_ids_to_tokens(ids)
+            pieces = [" ".join(words).replace("▁", " ").split() for words in (tokens, expected.tokens)]
+            stop_if(pieces[0] != pieces[1], f"transformers ignores a part of {file}: use another model")
 
 
 # ----- Stages and their records
@@ -1028,19 +993,27 @@ def check_tokenizer_file(base, prompts):
 # OUTPUT_DIR/*/checkpoint.pt       of an unfinished stage: its record so far, weights and optimizer
 # OUTPUT_DIR/*/lock                locked by the process that trains the stage, for as long as it lives
 # RESULTS_DIR/lora3-reft3.json     the result; .predictions.jsonl is beside it
+FILES = {
+    "lora": ["adapter_model.safetensors", "adapter_config.json"],
+    "reft": ["intkey_*.bin", "config.json"],
+}
+
+
 @dataclass
 class Stage:
-    """One training stage as planned, and its record once it is finished."""
+    """One training stage: what is planned, which never changes, and what was found or made."""
 
     part: str  # lora or reft
     title: str  # in messages: "stage 1, LoRA"
     epochs: int  # passes over the data
     made_with: dict  # all that decides its weights, apart from the stage below
-    folder: Path  # where it is stored (stage 1: stage 2's folder adapter/, if it is there)
     repo: str  # its repository on the Hub, owner/name
-    below: "Stage | None" = None  # the stage that it is trained on
+    below: "Stage | None"  # the stage that it is trained on
+    folder: Path  # where it is stored (stage 1: in stage 2's folder adapter/, if that is there)
     record: dict | None = None  # content of heft.json; None: not finished
+    checkpoint: dict | None = None  # content of checkpoint.pt, if not finished
     hub_record: dict | None = None  # content of heft.json in the repository; None: not there
+    lock: object = None  # the open file that locks the folder until the process ends, if it was not finished
 
 
 @dataclass
@@ -1069,7 +1042,7 @@ def plan_run(settings, base, train_rows, questions):
     """The Run: its stages, all that decides it, and the folders it uses."""
     hashes = dict(BASE_MODEL_FILES=base.content, TRAIN_DATA=digest(train_rows))
 
-    def planned(part, title, epochs, repo, below=None):
+    def planned(part, title, epochs, repo, below):
         if not epochs:
             return None
         name = name_of(settings, part)
@@ -1078,21 +1051,26 @@ def plan_run(settings, base, train_rows, questions):
         if PUSH_TO_HUB and "/" not in repo:
             repo = f"{HF_USER or hub_account()['name']}/{repo}"
         decided_by = made_with(settings, part, **hashes)
-        return Stage(part, title, epochs, decided_by, Path(OUTPUT_DIR, name), repo, below)
+        return Stage(part, title, epochs, decided_by, repo, below, Path(OUTPUT_DIR, name))
 
-    lora = planned("lora", "stage 1, LoRA", EPOCHS_LORA, HF_REPO_LORA)
+    lora = planned("lora", "stage 1, LoRA", EPOCHS_LORA, HF_REPO_LORA, below=None)
     reft = planned("reft", "stage 2, LoReFT", EPOCHS_REFT, HF_REPO_REFIT, below=lora)
     name = name_of(settings, "run")
     decided_by = made_with(settings, "run", **hashes, VALIDATION_DATA=digest(questions))
-    return Run(name, lora, reft, decided_by, Path(RESULTS_DIR, RESULTS_FILE or f"{name}.json"))
+    return Run(name, lora, reft, decided_by, Path(RESULTS_DIR, f"{name}.json"))
 
 
-def already_done(run):
-    """Read the result and query the Hub. True, after a message, if nothing is left to do."""
+def find_earlier_work(run):
+    """Read the run's result and, if there is something to push, what the Hub has."""
     run.result = read_made(run.file, run.made_with)
     if PUSH_TO_HUB:
         query_hub(run.stages)
-    if not run.result or not all(stage.hub_record for stage in run.stages if PUSH_TO_HUB):
+
+
+def already_done(run):
+    """True, after a message, if nothing is left to evaluate or to upload."""
+    to_push = PUSH_TO_HUB and not all(stage.hub_record for stage in run.stages)
+    if to_push or not run.result:
         return False
     say(f"already done: {run.file}; move it away to evaluate again\n{summary(run.result)}")
     for stage in run.stages:
@@ -1101,60 +1079,63 @@ def already_done(run):
     return True
 
 
+# A stage 2 that is finished or begun, here or on the Hub, has its stage 1 with it, in adapter/: that one is
+# used. A new stage 2 is trained on the stage 1 that has a folder of its own, which other runs share.
 def claim_stages(run):
-    """Read the records of finished stages, from here or the Hub. Stop if something does not fit together.
-    The others are locked until this process ends: another run that needs them stops at once."""
-    read_records(run.lora, run.reft)
+    """Read the stages that are finished, here or on the Hub; lock the others until this process ends."""
     for folder in (OUTPUT_DIR, RESULTS_DIR):
         with explained(f"cannot write in the folder {folder!r}: choose another"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-    for stage in run.stages:
-        if not stage.record:
-            lock(stage.folder)
-            if stage.hub_record:
-                copy_from_hub(stage)
-    read_records(run.lora, run.reft)  # again: from here on, nobody else changes them
+    if run.reft:
+        claim(run.reft)
+        adapter = run.reft.folder / "adapter"
+        if run.lora and (adapter / "heft.json").exists():
+            run.lora.folder = adapter
+    if run.lora:
+        claim(run.lora)
+    lora_hash = weights_hash(run.lora.record if run.lora else None)
+    begun = run.reft and (run.reft.record or run.reft.checkpoint)  # both name the stage 1 below them
+    if begun and begun["below"] != lora_hash:
+        raise Stop(f"{run.reft.folder} was trained on another stage 1, which is missing: move it away")
     for stage in run.stages:
         # A finished result is here only to be pushed, with the weights that it was measured on.
         other = run.result and run.result["weights"][stage.part] != weights_hash(stage.record)
         advice = "move it away to evaluate again, or use --no-push-to-hub"
         stop_if(other, f"{run.file} was not measured on the {stage.title} in {stage.folder}: {advice}")
-        if stage.record:
-            say(f"{stage.title} is finished in {stage.folder}")
+    for stage in run.stages:
+        if PUSH_TO_HUB and not stage.hub_record:
+            create_repo(stage)  # a missing right shows now, not after hours
 
 
-def read_records(lora, reft):
-    """Set the record of each finished stage. Stop if a folder holds another one's, or a wrong checkpoint."""
-    reft_so_far = None
-    if reft:
-        reft.record = read_record(reft)
-        reft_so_far = reft.record or read_checkpoint(reft)
-    if lora:
-        # A stage 2 is used only with the stage 1 that it was trained on, which is in its folder.
-        if reft and os.path.exists(reft.folder / "adapter/heft.json"):
-            lora.folder = reft.folder / "adapter"
-        lora.record = read_record(lora)
-        if not lora.record:
-            read_checkpoint(lora)  # one of other settings is refused now, not after hours
-    if reft_so_far and reft_so_far["below"] != weights_hash(lora and lora.record):
-        raise Stop(f"{reft.folder} was trained on another stage 1, which is missing: move it away")
+def claim(stage):
+    """Read a finished stage, from the Hub if it is only there. Lock an unfinished one."""
+    read_stage(stage)
+    if not stage.record:
+        stage.folder.mkdir(exist_ok=True)
+        busy = f"another run is training in {stage.folder}: when it has ended, run the same command again"
+        stage.lock = lock(stage.folder / "lock", busy)
+        if stage.hub_record:
+            copy_from_hub(stage)
+        read_stage(stage)  # again: copied, or finished by another run meanwhile
+    if stage.record:
+        say(f"{stage.title} is finished in {stage.folder}")
 
 
-def read_record(stage):
-    """The stage's record; None if it is not finished. Stop if its files are not what the record describes."""
-    record = read_made(stage.folder / "heft.json", stage.made_with)
-    changed = record and hashes_of(stage.folder, record["files"]) != record["files"]
-    stop_if(changed, f"the files in {stage.folder} are not what heft.json there describes: move them away")
-    return record
-
-
-def read_checkpoint(stage):
-    """The record so far of an unfinished stage, with `tensors` and `optimizer`; None if there is none.
-
-    The micro-batch size must be that of its beginning, as it changes the dropout masks."""
-    expected = stage.made_with | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
-    return read_made(stage.folder / "checkpoint.pt", expected)
+def read_stage(stage):
+    """Set the stage's record or, if unfinished, its checkpoint. Stop if they are not what is planned."""
+    stage.record = read_made(stage.folder / "heft.json", stage.made_with)
+    if stage.record:
+        changed = hashes_of(stage.folder, stage.record["files"]) != stage.record["files"]
+        advice = "are not what heft.json there describes: move them away"
+        stop_if(changed, f"the files in {stage.folder} {advice}")
+        return
+    file = stage.folder / "checkpoint.pt"
+    stage.checkpoint = read_made(file, stage.made_with)
+    if stage.checkpoint:
+        size = stage.checkpoint["tokens_per_microbatch"]
+        other = f"{file} was made with tokens_per_microbatch {size}, not {TOKENS_PER_MICROBATCH}: use that"
+        stop_if(size != TOKENS_PER_MICROBATCH, other)
 
 
 def read_made(file, expected, name=None):
@@ -1162,50 +1143,51 @@ def read_made(file, expected, name=None):
     other settings, code, model or data than `expected`. name: what messages call it."""
     if not os.path.exists(file):
         return None
-    name, data = name or file, file.read_bytes()
+    name = name or file
+    data = io.BytesIO(file.read_bytes())
     with explained(f"{name} is damaged or not of this version of the program: move it away"):
-        content = torch.load(io.BytesIO(data), "cpu") if file.suffix == ".pt" else json.loads(data)
+        content = torch.load(data, "cpu") if file.suffix == ".pt" else json.load(data)
+        # What a file does not name was no setting yet, and as in the paper.
         found = {key: setting.paper for key, setting in SETTINGS.items()} | content["made_with"]
-        version = version_text(content)
-    other = [key for key, value in expected.items() if found.get(key) != value]
-    values = [
-        f"{key.lower()} {found.get(key)!r}, not {expected[key]!r}" for key in other if "CODE" not in key
-    ]
+        made_by = version_text(content)
+    differing = [key for key, value in expected.items() if found.get(key) != value]
+    values = [key for key in differing if "CODE" not in key]
+    values = "; ".join(f"{key.lower()} {found.get(key)!r}, not {expected[key]!r}" for key in values)
     advice = "use those, move it away, or choose another --output-dir, --results-dir or repository"
-    stop_if(values, f"{name} was made with {'; '.join(values)}: {advice}")
-    if "CODE_OF_STAGES" in other:
-        ways = "to keep both, use --tag WORD, or another --output-dir and --results-dir (or repository)"
-    else:
-        ways = "to evaluate again, move it away or choose another --results-dir"
-    code = f"{name} was made by other code, {version}; this is {version_text(script_version())}"
-    accept = "to use it all the same, add --accept-other-code; or go back to that version"
-    stop_if(other and not ACCEPT_OTHER_CODE, f"{code}: {ways}; {accept}")
-    return content | ({"other_code": version} if other else {})
+    stop_if(values, f"{name} was made with {values}: {advice}")
+    if differing:
+        code = f"{name} was made by other code, {made_by}; this is {version_text(script_version())}"
+        if "CODE_OF_STAGES" in differing:
+            ways = "to keep both, use --tag WORD, or another --output-dir and --results-dir (or repository)"
+        else:
+            ways = "to evaluate again, move it away or choose another --results-dir"
+        accept = "to use it all the same, add --accept-other-code; or go back to that version"
+        stop_if(not ACCEPT_OTHER_CODE, f"{code}: {ways}; {accept}")
+        content["other_code"] = made_by
+    return content
 
 
-def new_record(stage=None):
-    """The record of a part that begins: what it is made with, and where. stage: None for the evaluation."""
+def new_record():
+    """The record of a part that begins: what makes it, where, and what log_progress measures."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     packages = "transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}  # +cpu or +cu128
     return script_version() | {
-        "made_with": stage.made_with if stage else None,
-        "below": weights_hash(stage.below.record) if stage and stage.below else None,
         "device": device_name(),
         "versions": versions | {name: version(name) for name in packages},
         "tokens_per_microbatch": TOKENS_PER_MICROBATCH,
-        "loss": [],
         "seconds": 0.0,
         "peak_memory_gb": 0.0,
     }
 
 
 def resume(stage, tensors, optimizer):
-    """Restore the state in the stage's checkpoint, if there is one. Returns the record so far."""
-    new, record = new_record(stage), read_checkpoint(stage)
+    """A new record, or that in the stage's checkpoint, after its state is restored."""
+    new, record = new_record(), stage.checkpoint
+    planned = {"made_with": stage.made_with, "below": weights_hash(stage.below and stage.below.record)}
     if not record:
-        return new
+        return new | planned | {"loss": []}
     for tensor, saved in zip(tensors, record.pop("tensors"), strict=True):
         tensor.data.copy_(saved)
     optimizer.load_state_dict(record.pop("optimizer"))
@@ -1213,16 +1195,16 @@ def resume(stage, tensors, optimizer):
     for key in ("commit", "script_sha256", "device", "versions"):
         if new[key] != record[key]:
             record.setdefault("resumed_with", {})[key] = new[key]
-    continued_by = script_version() if "other_code" in record else {}
-    return record | {"made_with": stage.made_with} | continued_by
+    if "other_code" in record:  # which names the version that began it, so that this may name ours
+        planned |= script_version()
+    return record | planned
 
 
 def save_and_stop(record, stage, tensors, optimizer, end_of_epoch):
     """Save a checkpoint at the end of an epoch, and after a signal, which then ends the program."""
-    stop = pending_signal  # read once: a signal that comes from now on waits for the next step
+    stop = stopping.signal  # read once: a signal that comes from now on waits for the next step
     if stop or end_of_epoch:
-        made = stage.made_with | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
-        state = {"tensors": tensors, "optimizer": optimizer.state_dict(), "made_with": made}
+        state = {"tensors": tensors, "optimizer": optimizer.state_dict()}
         write(stage.folder / "checkpoint.pt", record | state)
     if stop:
         name, step = signal.Signals(stop).name, len(record["loss"])
@@ -1230,19 +1212,12 @@ def save_and_stop(record, stage, tensors, optimizer, end_of_epoch):
         sys.exit(STOP_STATUS[stop])
 
 
-def finish(stage, record, write_weights):
-    """Save the weights, then the record. write_weights: a function that takes a folder."""
-    folder = stage.folder / "unfinished.tmp"
-    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
-    try:
-        with explained(f"cannot write to {stage.folder}: is the disk full?", status=1):
-            write_weights(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty model card
-        names = sorted(os.listdir(folder))
-        for name in names:
-            (folder / name).replace(stage.folder / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def finish(stage, record, save_weights):
+    """Save the weights, then the record, which makes them valid. save_weights: function of a folder."""
+    with explained(f"cannot write to {stage.folder}: is the disk full?", status=1):
+        save_weights(stage.folder)
+    (stage.folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty model card
+    names = [path.name for pattern in FILES[stage.part] for path in stage.folder.glob(pattern)]
     stage.record = record | {"files": hashes_of(stage.folder, names)}
     write(stage.folder / "heft.json", json.dumps(stage.record))
     (stage.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -1269,27 +1244,16 @@ def hashes_of(folder, names):
     return {name: digest(folder / name) if (folder / name).exists() else None for name in names}
 
 
-held_locks = {}  # open files by folder
-
-
-def lock(folder):
-    """Lock the folder of a stage until this process ends. Stop at once if another one has locked it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder not in held_locks:
-        file = open(folder / "lock", "w")
-        wait = f"another run is training in {folder}: when it has ended, run the same command again"
-        stop_if(not try_lock(file), wait, status=1)
-        held_locks[folder] = file
-
-
-def try_lock(file, kind=fcntl.LOCK_EX):
-    """Lock an open file. False if another process has locked it; True if the file system has no locks."""
-    with contextlib.suppress(OSError):
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+def lock(path, message, kind=fcntl.LOCK_EX):
+    """Lock a file until the returned object is closed. Stop with `message` if another process has it."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Stop(message, 1) from error
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def digest(content, digits=16):
@@ -1315,6 +1279,8 @@ def write(path, content):
 
 
 # ----- The Hub: queried at the start, where errors show early; filled at the end, when everything is on disk
+# YOU/heft-lora3        stage 1: heft.json, the merged model and its tokenizer; adapter/ as in OUTPUT_DIR
+# YOU/heft-lora3-reft3  stage 2: its files, adapter/ and heft.json, as in OUTPUT_DIR
 @functools.cache
 def hub_account():
     """The account of the token, as whoami gives it. Stop if there is no valid token."""
@@ -1325,21 +1291,22 @@ def hub_account():
 
 
 def query_hub(stages):
-    """Set `hub_record` of the stages. Stop if a repository holds something else or cannot be written."""
+    """Set `hub_record` of the stages. Stop if a repository holds something else."""
     repos = [stage.repo for stage in stages]
     both = f"{' and '.join(repos)}: one repository cannot hold both stages; choose another --hf-repo-refit"
     stop_if(len(set(repos)) < len(repos), both)
     for stage in stages:
         stage.hub_record = read_hub_record(stage)
-        account = hub_account()
-        token = account.get("auth", {}).get("accessToken", {})  # a fine-grained one lists what it may do
-        scoped = {"read": False, "fineGrained": "repo.write" in json.dumps(token)}
-        may_write = scoped.get(token.get("role"), True)
-        roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}
-        role = (roles | {account["name"]: "admin"}).get(stage.repo.split("/")[0], "read")
-        refused = not stage.hub_record and (not may_write or role == "read")
-        advice = "set HF_TOKEN to one that may, choose another --hf-user, or use --no-push-to-hub"
-        stop_if(refused, f"the token may not write {stage.repo}: {advice}")
+
+
+def create_repo(stage):
+    """Create the stage's repository, unless it is there. Stop if the token may not."""
+    role = hub_account().get("auth", {}).get("accessToken", {}).get("role")
+    advice = "set HF_TOKEN to one that may, choose another --hf-user, or use --no-push-to-hub"
+    refused = f"the token may not write {stage.repo}: {advice}"
+    stop_if(role == "read", refused)
+    with explained(refused):
+        huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
 
 
 def read_hub_record(stage):
@@ -1365,22 +1332,20 @@ def copy_from_hub(stage):
         patterns = ["heft.json", "adapter/*", *stage.hub_record["files"]]
         source = Path(huggingface_hub.snapshot_download(stage.repo, allow_patterns=patterns))
         adapter = source / "adapter"  # stage 1: beside the merged model, or below stage 2
-        if stage.part == "lora":
-            source = adapter
-        elif stage.below:
+        if stage.below:
             copy_stage(json.loads((adapter / "heft.json").read_text()), adapter, stage.folder / "adapter")
-        copy_stage(stage.hub_record, source, stage.folder)
+        copy_stage(stage.hub_record, adapter if stage.part == "lora" else source, stage.folder)
 
 
 def push_stages(run, model, base):
     """Upload the finished stages that the Hub does not have. Stop with status 1 if that fails."""
     failed = []
-    for stage in run.stages:
+    for stage in [stage for stage in run.stages if not stage.hub_record]:
         try:
-            if not stage.hub_record:
+            with explained(f"{stage.title} to {stage.repo}"):
                 push(stage, run, model, base)
-        except Exception as error:  # of many types; the other stage is pushed all the same
-            failed.append(f"{stage.title} to {stage.repo} ({first_line(error)})")
+        except Stop as error:  # the other stage is pushed all the same
+            failed.append(str(error))
     later = f"everything is saved; to push later, run: {shlex.join(['python', *sys.argv])}"
     stop_if(failed, f"not pushed: {'; '.join(failed)}; {later}", 1)
 
@@ -1391,7 +1356,6 @@ def push(stage, run, model, base):
         say(f"{stage.repo} has {stage.title} of the same settings from another run: left as it is")
         return
     say(f"pushing {stage.title} to {stage.repo}")
-    lock(stage.folder)
     # Not in OUTPUT_DIR, which a cluster transfers: the merged model can be rebuilt in seconds. The name is
     # fixed, so that the next process removes what a killed one left.
     folder = Path(f".merged-{run.name}")
@@ -1404,37 +1368,31 @@ def push(stage, run, model, base):
         else:
             model.save_pretrained(folder)
             (folder / "generation_config.json").unlink(missing_ok=True)  # the base model's, if it has one
-            for name in ("generation_config.json", "chat_template*", *TOKENIZER_FILES):
-                for path in base.folder.glob(name):
+            for pattern in ("generation_config.json", "chat_template*", *TOKENIZER_FILES):
+                for path in base.folder.glob(pattern):
                     shutil.copy(path, folder)
             write(folder / "heft.json", json.dumps(stage.record))
         write(folder / "README.md", model_card(stage, run))
-        huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=stage.repo, folder_path=folder, commit_message="HEFT")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def model_card(stage, run):
-    """The README of a repository: what it holds, and the result of the run."""
-    on_hub = [None if os.path.isdir(name) else name for name in (BASE_MODEL, DATASET)]
+    """The README of a repository. Names of folders mean nothing to the Hub, and are left out."""
+    model, data = (None if os.path.isdir(name) else name for name in (BASE_MODEL, DATASET))
     licence = "llama2" if "llama-2" in BASE_MODEL.lower() else "other"
-    about = huggingface_hub.ModelCardData(base_model=on_hub[0], datasets=on_hub[1], license=licence)
-    kind = "merged model" if stage is run.lora else "pyreft.ReftModel"
-    return f"""---
-{about.to_yaml()}
----
-{stage.title} of the run {run.name}: the {kind} and, in adapter/, the LoRA adapter (if it has one). Made by
-the reference reproduction of HEFT (arXiv 2509.09801), whose README shows how to use it; heft.json says how.
-Result of the run: {summary(run.result)}. The licence of the base model applies.
-"""
+    about = huggingface_hub.ModelCardData(base_model=model, datasets=data, license=licence)
+    made = "made by the reference reproduction of HEFT (arXiv 2509.09801), whose README shows how to use it"
+    text = f"{stage.title} of the run {run.name}, {made}. {summary(run.result)}"
+    return f"---\n{about.to_yaml()}\n---\n{text}\n"
 
 
 # ----- The screen and the result
-def print_plan(run, base, lora_examples, reft_examples, questions):
+def print_plan(run, base, train_rows, reft_examples, questions):
     """Print what is going to be done, and with what, before it takes time."""
-    rows = [f"{len(lora_examples):,} examples"] if run.stages else []
-    if run.reft and len(reft_examples) < len(lora_examples):
+    rows = [f"{len(train_rows):,} examples"] if run.stages else []
+    if run.reft and len(reft_examples) < len(train_rows):
         rows += [f"{len(reft_examples):,} of them in stage 2"]
     say(f"run      {run.name} on {device_name()}; {version_text(script_version())}")
     say(f"model    {BASE_MODEL}, {base.meta_model.num_parameters():,} parameters in {DTYPE}")
@@ -1453,13 +1411,15 @@ def summary(result):
     """A result in one line."""
     low, high = result["confidence_interval_95"]
     correct, n = result["correct_predictions"], result["num_validation_samples"]
-    said = f"{result['yes_answers']} Yes, {result['unknown_answers']} Unknown"
-    always = f"always {result['majority_answer']} would score {result['majority_accuracy']}"
-    interval = f"95 % interval {low:.2f} to {high:.2f}"
-    other = f"; reused what other code made: {result['other_code']}" if "other_code" in result else ""
-    return (
-        f"accuracy {result['accuracy']} ({interval}), {correct:,} of {n:,} correct, {said}; {always}{other}"
-    )
+    said = f"{correct:,} of {n:,} correct, {result['yes_answers']} Yes, {result['unknown_answers']} Unknown"
+    text = f"accuracy {result['accuracy']} (95 % interval {low:.2f} to {high:.2f}), "
+    text += f"{said}; always {result['majority_answer']} would score {result['majority_accuracy']}"
+    if "other_code" in result:
+        text += f"; reused what other code made: {result['other_code']}"
+    return text
+
+
+RECORDED = "device peak_memory_gb tokens_per_microbatch versions resumed_with other_code".split()
 
 
 def write_result(run, settings, evaluation, questions, texts):
@@ -1468,22 +1428,19 @@ def write_result(run, settings, evaluation, questions, texts):
     evaluation: its record, as those of the stages; texts: the generated text for each question."""
     rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
     rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    records = {stage.part: stage.record for stage in run.stages} | {"evaluation": evaluation}
-    seconds = {part: records[part]["seconds"] if part in records else 0.0 for part in ("lora", "reft")}
-    seconds["evaluation"] = evaluation["seconds"]
-    provenance = script_version() | {
-        "settings": settings,
-        "made_with": run.made_with,
-        "weights": {part: weights_hash(records.get(part)) for part in ("lora", "reft")},
-        "seconds": seconds | {"total": sum(seconds.values())},
-        "loss": {part: records[part]["loss"] if part in records else [] for part in ("lora", "reft")},
-    }
-    for key in "device peak_memory_gb tokens_per_microbatch versions resumed_with other_code".split():
+    result = score([row["prediction"] for row in rows], [row["answer"] for row in rows])
+    result |= script_version() | {"settings": settings, "made_with": run.made_with}
+    records = {stage.part: stage.record for stage in run.stages}
+    trained = {part: records.get(part, {"seconds": 0.0, "loss": []}) for part in ("lora", "reft")}
+    records["evaluation"] = evaluation
+    seconds = {part: record["seconds"] for part, record in (trained | records).items()}
+    result["seconds"] = seconds | {"total": sum(seconds.values())}
+    result["loss"] = {part: record["loss"] for part, record in trained.items()}
+    result["weights"] = {part: weights_hash(records.get(part)) for part in trained}
+    for key in RECORDED:
         found = {part: record[key] for part, record in records.items() if key in record}
-        provenance |= {key: found} if found else {}
-    predictions, answers = [row["prediction"] for row in rows], [row["answer"] for row in rows]
-    result = score(predictions, answers) | provenance
+        result |= {key: found} if found else {}
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
     write(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
     return result

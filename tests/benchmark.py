@@ -145,13 +145,13 @@ def operations(procedure, config, layer, epochs, lora, reft, prompts):
     if paper:
         before = tokens = 0
         for step in steps(reft, epochs[1]):
-            lengths = [len(example["prefix_mask"]) + len(example["input_ids"]) for example in step]
+            lengths = [len(example["before_mask"]) + len(example["input_ids"]) for example in step]
             tokens += sum(len(e) * max(e) for e in (lengths[i : i + 8] for i in range(0, len(lengths), 8)))
     else:
-        start = len(os.path.commonprefix([example["prefix"][:-1] for example in reft]))
-        reft = [example | {"prefix": example["prefix"][start:]} for example in reft]
+        start = len(os.path.commonprefix([example["before"][:-1] for example in reft]))
+        reft = [example | {"before": example["before"][start:]} for example in reft]
         groups = [group for step in steps(reft, epochs[1]) for group in heft.collate(step)]
-        before = start * bool(groups) + sum(group["prefix"].numel() for group in groups)
+        before = start * bool(groups) + sum(group["before"].numel() for group in groups)
         tokens = sum(group["input_ids"].numel() for group in groups)
     found["reft"] = 2 * body * before + (forward + backward) * tokens
 

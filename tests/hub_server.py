@@ -142,7 +142,10 @@ class Hub:
             def do_create(self, repo, rest, body):
                 asked = json.loads(body)
                 owner = asked.get("organization") or "tester"
-                if owner not in ("tester", *hub.organisations):
+                token = hub.access_token
+                limited = token.get("role") == "fineGrained" and "repo.write" not in json.dumps(token)
+                member = owner == "tester" or hub.organisations.get(owner, "read") != "read"
+                if limited or token.get("role") == "read" or not member:
                     return self.answer(403, {"error": f"You may not create repositories of {owner}"})
                 repo = f"{owner}/{asked['name']}"
                 if repo in hub.files:

@@ -408,7 +408,9 @@ def test_a_token_that_may_not_write(hub, tiny_data, tmp_path, case):
         finish(hub, tmp_path, tiny_data, *flags)
         assert len(hub.files) == 2
     else:
-        line = refusal_of(hub, tmp_path, tiny_data, *flags)
+        status, out, err = run(hub, tmp_path, tiny_data, *flags)
+        line = error_line(err)
+        assert status == 2 and not hub.files and "trainable parameters" not in out, out + err
         assert f"may not write {owner or 'tester'}/lora-repo" in line and "--no-push-to-hub" in line
         assert not hub.files
 
@@ -456,6 +458,9 @@ def test_a_refusal_at_the_end_costs_nothing(finished, tiny_data, refusal, kind):
     status, out, err = run(hub, folder, tiny_data)
     if refusal == "429":  # only once: huggingface_hub repeats some calls, not all
         assert status in (0, 1)
+    elif kind == "create":  # tried before anything is trained or evaluated
+        assert status == (2 if refusal in (401, 403, 404) else 1)
+        assert f"may not write {LORA}" in error_line(err) and "pushing" not in out and not hub.files
     else:
         line = not_pushed(status, err)
         assert LORA in line and REFT in line

@@ -165,7 +165,7 @@ def test_interrupted_in_both_stages_and_in_the_evaluation(kind, tiny_data, undis
             assert not (checkpoint.parent / "heft.json").exists(), "that stage is not finished"
             if step < 6:  # as a process that is killed while it writes the next one
                 checkpoint.with_name("checkpoint.pt.tmp").write_bytes(checkpoint.read_bytes()[:100])
-                checkpoint.with_name("unfinished.tmp").mkdir(exist_ok=True)
+                checkpoint.with_name("adapter_model.safetensors").write_bytes(b"half of the weights")
     out = finish(tmp_path, tiny_data)
     assert "stage 1, LoRA is finished" in out and "stage 2, LoReFT is finished" in out
     assert outcome(tmp_path) == undisturbed[0] and not list(tmp_path.glob("output/**/*.tmp"))
@@ -266,7 +266,7 @@ def test_a_stage_is_trained_by_one_run_at_a_time(tiny_data, undisturbed, tmp_pat
     first = paused_in(LORA, tiny_data, tmp_path)
     for flags in ([], ["--epochs-reft", "0"]):
         line = is_refused(begin(tmp_path, tiny_data, *flags), expected=1)
-        assert "another run is training in output/lora3-model-" in line and "the same command" in line
+        assert "another run is training in output/lora3-" in line and "the same command" in line
     first.send_signal(signal.SIGCONT)
     status, out, err = end_of(first)
     assert status == 0 and outcome(tmp_path) == undisturbed[0], out + err

@@ -200,7 +200,7 @@ def test_what_the_tokens_are(tiny, padding):
         assert words(whole["input_ids"][n:]) == ["▁" + answer, "</s>"]
         last = heft.IGNORE if padding == "</s>" else tokenizer.eos_token_id
         assert whole["labels"] == [*whole["input_ids"][:-1], last]
-        assert edited["prefix"] + edited["input_ids"] == encode(f"{prompt}{answer}</s>")
+        assert edited["before"] + edited["input_ids"] == encode(f"{prompt}{answer}</s>")
         assert words(edited["input_ids"][1:]) == [answer, "</s>"]
         assert edited["labels"] == [heft.IGNORE, *edited["input_ids"][1:]]
 

@@ -118,7 +118,7 @@ def test_help_shows_comments_legal_values_and_defaults(capsys):
     for name, comment in first_screen():
         flag, (_, setting) = "--" + name.lower().replace("_", "-"), (name, heft.SETTINGS[name])
         usual = getattr(heft, name)
-        shown = f"{' '.join(comment.split())} [{setting.words}; default: {usual!r}]"
+        shown = f"{' '.join(comment.split())} [{setting.legal.words}; default: {usual!r}]"
         value = f"{flag}, --no-{flag[2:]}" if isinstance(usual, bool) else f"{flag} X"
         assert f"{value} {shown}" in text, name
 
@@ -849,7 +849,7 @@ def test_the_device_of_a_cpu_is_its_processor(monkeypatch):
 
 
 def test_memory_is_measured_before_the_first_step(paper_model, monkeypatch):
-    """Forward and backward on the longest example and on the most tokens that a micro-batch can have."""
+    """Forward and backward on the most tokens that a micro-batch can have."""
     paper_model()  # the settings
     monkeypatch.setattr(heft, "TOKENS_PER_MICROBATCH", 100)
     examples = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 25, 70, 10)]
@@ -864,24 +864,10 @@ def test_memory_is_measured_before_the_first_step(paper_model, monkeypatch):
     assert not shapes
     monkeypatch.setattr(heft, "DEVICE", "cpu:0")  # stands for a GPU
     heft.check_memory(forward, examples)
-    assert {(1, 70), (4, 25)} <= set(shapes) and weight.grad is not None
+    assert shapes == [(4, 25)] and weight.grad is not None
 
 
 def test_memory_that_does_not_suffice(capsys):
     assert heft.report_error(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nand more")) == 1
     err = capsys.readouterr().err
     assert err.startswith("heft: error: ") and err.count("\n") == 1 and "--tokens-per-microbatch" in err
-
-
-@pytest.mark.parametrize(
-    "encoding, shown", [("ascii", "mod?le ?"), ("latin-1", "mod\u00e8le ?"), ("utf-8", "mod\u00e8le \u2581")]
-)
-def test_letters_that_the_screen_lacks(monkeypatch, encoding, shown):
-    """They become question marks, and the lines after them still come."""
-    import io
-
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdout", stream)
-    heft.say("mod\u00e8le \u2581")
-    heft.say("next")
-    assert stream.buffer.getvalue().decode(encoding) == f"{shown}\nnext\n"

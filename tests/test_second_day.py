@@ -31,14 +31,14 @@ EDITS = {  # (text of the script, what a researcher makes of it)
     "prompt": ("Question: %s\nAnswer:", "Question: %s\n\nAnswer:"),
     "evaluation": ('"Yes" if "Yes" in text else', '"Yes" if "yes" in text.lower() else'),
     "comment": (
-        "            optimizer.zero_grad()\n",
-        "            optimizer.zero_grad()  # of the last step\n",
+        "        optimizer.zero_grad()\n",
+        "        optimizer.zero_grad()  # of the last step\n",
     ),
     "line of comment": (
         "    return record\n\n\ndef accumulate",
         "    # done\n    return record\n\n\ndef accumulate",
     ),
-    "blank lines": ("            optimizer.zero_grad()\n", "\n  \n            optimizer.zero_grad()   \n\n"),
+    "blank lines": ("        optimizer.zero_grad()\n", "\n  \n        optimizer.zero_grad()   \n\n"),
     "comment in the evaluation": ("\ndef predict(", "\n\n# The paper's rule\ndef predict("),
     "bookkeeping": ("already done: ", "already done, as you see: "),
     "import": ("import argparse\n", "import argparse\nimport abc\n"),
