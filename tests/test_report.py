@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from math import sqrt
@@ -90,6 +91,10 @@ def rows(page, title):
             first, *cells = line.strip("| ").split(" | ")
             found.setdefault(first, [cell.strip() for cell in cells])
     return found
+
+
+def folder_page(folder):
+    return report.sections_text(*report.read_folder(folder))
 
 
 def run(*arguments, cwd=ROOT):
@@ -212,8 +217,10 @@ def published(tmp_path):
 
 
 def finding(tmp_path):
-    """The first paragraphs, up to the table."""
-    return published(tmp_path).split("# Results\n")[1].split("\n| ")[0].strip()
+    """The first paragraph. Signs such as + and % are no words."""
+    text = published(tmp_path).split("\n\n")[1]
+    assert len(re.findall(r"\S*\w\S*", text)) <= 90
+    return text
 
 
 def small(folder, lora, reft, accuracies, **changes):
@@ -227,44 +234,74 @@ def seven(folder, lora, reft, accuracy, seed=42, **changes):
     write(folder / "llama2", lora, reft, answers(correct, 3270 - correct), seed, new=True, **PAPER | changes)
 
 
+MODEL_OF_PAPER = "The paper's model (Llama-2-7b-chat on BoolQ) has"
+
+
 def test_one_seed_far_apart(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [81])
     small(tmp_path, 20, 0, [81])
     small(tmp_path, 0, 20, [99])
     text = finding(tmp_path)
-    assert "HEFT 3 + 3 is better than LoRA 4: +9.00 (one seed, exact test p < 0.0001)." in text
-    assert (
-        "HEFT 3 + 3 exceeds LoRA 20, as in the paper: +9.00 (one seed, exact test p < 0.0001; paper +0.12)."
-        in text
+    assert text.startswith(
+        f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on short film-review snippets with "
     )
-    assert "HEFT 3 + 3 falls below LoReFT 20, unlike in the paper: -9.00 (one seed" in text
-    assert "LoRA 4 minus LoReFT 20 is -18.00" in text
-    assert "seeds" not in text and text.endswith("The paper's model has not been run.")
+    for part in (
+        "with 1 seed and learning rates 20 (LoRA) and 25 (LoReFT) times the paper's. HEFT 3 + 3 falls below",
+        "below LoReFT 20, unlike in the paper (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
+        "It is better than LoRA 4, a control of about the same training time (+9.00 points, exact McNemar",
+        "; not in the paper). It exceeds LoRA 20, as in the paper (+9.00 points, exact McNemar p < 0.0001; ",
+    ):
+        assert part in text
 
 
 def test_one_seed_equal(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
-    assert "No difference between HEFT 3 + 3 and LoRA 4 is shown: +0.00 (one seed, exact test p = 1)." in text
-    assert "LoRA 20" not in text and "LoReFT" not in text
+    assert "HEFT 3 + 3 is not shown to differ from LoRA 4, a control" in text
+    assert "(+0.00 points, exact McNemar p = 1; not in the paper)." in text
+    assert "LoRA 20" not in text and "LoReFT 20" not in text and "interval" not in text
+
+
+def test_one_seed_where_the_interval_and_the_exact_test_disagree(tmp_path):
+    """Of 1,000 questions 12 and 3 changed: p = 0.035; of 11 and 3, p = 0.057. Both intervals are above 0."""
+    write(tmp_path / "smollm2", 3, 3, answers(511, 489))
+    for only_heft, words in (
+        (12, "exceeds LoRA 20, as in the paper"),
+        (11, "is not shown to exceed LoRA 20"),
+    ):
+        right = answers(511 - only_heft, 489 + only_heft)
+        right[600:603] = [True] * 3
+        write(tmp_path / "smollm2", 20, 0, right)
+        runs = report.methods_of(report.read_folder(tmp_path / "smollm2")[0])
+        assert report.compare(runs["HEFT 3 + 3"], runs["LoRA 20"]).low > 0
+        assert f"HEFT 3 + 3 {words} (+0." in finding(tmp_path)
 
 
 def test_three_seeds_with_equal_differences(tmp_path):
     small(tmp_path, 3, 3, [90, 88, 92])
     small(tmp_path, 4, 0, [81, 79, 83])
     text = finding(tmp_path)
-    found = re.search(r"HEFT 3 \+ 3 is better than LoRA 4: \+9.00 \(\+(\d+\.\d+) to \+(\d+\.\d+)\)\.", text)
+    found = re.search(
+        r"is better than LoRA 4, .*? \(\+9.00 points, 95 % interval \+(\S+) to \+(\S+); not in", text
+    )
     assert float(found[1]) < 8 and float(found[2]) > 10
-    assert "95 % intervals, 3 seeds" in text
+    assert " with 3 seeds and " in text
+
+
+def test_three_equal_seeds(tmp_path):
+    for lora, reft in ((3, 3), (4, 0), (20, 0), (0, 20)):
+        small(tmp_path, lora, reft, [90, 88, 92])
+    text = finding(tmp_path)
+    assert text.count(" is not shown to ") == 3 and text.count("+0.00") == 3
+    assert text.count("interval") == 1 and "McNemar" not in text
 
 
 def test_three_seeds_that_disagree(tmp_path):
     small(tmp_path, 3, 3, [90, 80, 90])
     small(tmp_path, 20, 0, [80, 82, 80])
-    text = finding(tmp_path)
-    assert "HEFT 3 + 3 is not shown to exceed LoRA 20: +6.00 (-" in text
+    assert "HEFT 3 + 3 is not shown to exceed LoRA 20 (+6.00 points, 95 % interval -" in finding(tmp_path)
 
 
 def test_twelve_seeds_and_three(tmp_path):
@@ -272,35 +309,34 @@ def test_twelve_seeds_and_three(tmp_path):
     small(tmp_path, 4, 0, [91] * 6 + [92] * 6)
     small(tmp_path, 0, 20, [80] * 3)
     text = finding(tmp_path)
-    assert "HEFT 3 + 3 is worse than LoRA 4: -1.00 (-" in text and ", 12 seeds)" in text
-    assert (
-        "HEFT 3 + 3 exceeds LoReFT 20, as in the paper: +10.00" in text
-        and "; paper +1.81)" in text
-        and "intervals, 3 seeds): " in text
+    assert " with 3 to 12 seeds and " in text
+    assert "HEFT 3 + 3 exceeds LoReFT 20, as in the paper (+10.00 points, 95 % interval +" in text
+    assert "It is worse than LoRA 4, a control of about the same training time (-1.00, -" in text
+    small(tmp_path, 20, 0, [88])
+    assert "It exceeds LoRA 20, as in the paper (+2.00 points, exact McNemar p < 0.0001; paper" in finding(
+        tmp_path
     )
-    small(tmp_path, 20, 0, [88] * 3)
-    assert len(finding(tmp_path).split()) <= 90
 
 
 def test_heft_of_the_papers_model_alone(tmp_path):
     seven(tmp_path, 3, 3, 85)
     small(tmp_path, 3, 3, [90])
+    small(tmp_path, 20, 0, [90])
     text = finding(tmp_path)
-    assert text.startswith(
-        "Llama-2-7b-chat was run for HEFT 3 + 3 only, so none of the paper's claims is tested."
-    )
-    assert "not been run" not in text
+    assert "has been run for HEFT 3 + 3 only: none of its claims is tested. Instead: SmolLM2-135M" in text
     page = published(tmp_path)
-    assert rows(page, "Llama-2-7b-chat on BoolQ")["HEFT 3 + 3"][1].startswith("85.02 (")
-    assert "| HEFT 3 + 3 | 85.17 | 1:23 | 85.02 (83.8 to 86.2) | 0:03 | 90.00 (" in page
+    assert rows(page, "Llama-2-7b-chat on BoolQ")["HEFT 3 + 3"][2].startswith("85.02 (")
+    assert (
+        "| HEFT 3 + 3 | 85.17 | 1:23 | 85.02 (83.8 to 86.2) | 0:03 | 90.00 (88.0 to 91.7) | 1 | 0.00" in page
+    )
 
 
 def test_two_rows_of_the_papers_model(tmp_path):
     seven(tmp_path, 3, 3, 85)
     seven(tmp_path, 20, 0, 86)
-    text = finding(tmp_path)
-    assert text.startswith("With Llama-2-7b-chat on BoolQ (points): HEFT 3 + 3 falls below LoRA 20, unlike")
-    assert "SmolLM2" not in text and "not been run" not in text and "LoRA 4" not in text
+    words = "been run with 1 seed. HEFT 3 + 3 falls below LoRA 20, unlike in the paper"
+    numbers = "(-0.98 points, exact McNemar p < 0.0001; paper +0.12)"
+    assert finding(tmp_path) == f"{MODEL_OF_PAPER} {words} {numbers}."
 
 
 def test_all_rows_of_the_papers_model_with_lora_4(tmp_path):
@@ -308,14 +344,10 @@ def test_all_rows_of_the_papers_model_with_lora_4(tmp_path):
         seven(tmp_path, lora, reft, accuracy)
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [90])
-    first, second = finding(tmp_path).split("\n\n")
-    assert first.startswith("With Llama-2-7b-chat on BoolQ") and second.startswith("With SmolLM2")
-    assert (
-        "HEFT 3 + 3 is better than LoRA 4: +1.01" in first and "HEFT 3 + 3 exceeds LoReFT 20, as in" in first
-    )
-    assert (
-        "HEFT 3 + 3 is not shown to exceed LoRA 20: +0.00 (one seed, exact test p = 1; paper +0.12)." in first
-    )
+    text = finding(tmp_path)
+    assert "has been run with 1 seed. HEFT 3 + 3 exceeds LoReFT 20, as in the paper (+2.02" in text
+    assert "It is better than LoRA 4, a control" in text and "SmolLM2" not in text
+    assert "It is not shown to exceed LoRA 20 (+0.00 points, exact McNemar p = 1; paper +0.12)." in text
     assert "| LoRA 4 | not in the paper | 1:22, computed | 84.01 (" in published(tmp_path)
 
 
@@ -323,7 +355,7 @@ def test_the_papers_model_with_other_settings_is_not_the_papers_experiment(tmp_p
     seven(tmp_path, 3, 3, 85, LORA_RANK=4)
     seven(tmp_path, 20, 0, 85, TAG="clip01")
     write(tmp_path / "llama2", 20, 20, answers(290, 10), new=True, **PAPER)
-    assert finding(tmp_path) == "The paper's model was run with other settings only."
+    assert finding(tmp_path) == f"{MODEL_OF_PAPER} been run with other settings only."
     assert "lora_rank=4" in (tmp_path / "details.md").read_text()
 
 
@@ -333,30 +365,20 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
         small(tmp_path, 20, 0, [accuracy], new=True, **trial)
     small(tmp_path, 20, 0, [85])
     small(tmp_path, 3, 3, [90])
-    page = published(tmp_path)
-    assert "| LoRA 20 | 85.05 | 6:52 | 85.00" in page
-    assert "LoRA 20 uses 0.004: the best of its trials with 20 epochs was 0.001." in page
+    assert "| LoRA 20 | 85.05 | 6:52 | 85.00" in published(tmp_path)
     small(tmp_path, 20, 0, [95], new=True, LEARNING_RATE_LORA=0.001, name="own")
     page = published(tmp_path)
-    assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page and "| LoRA 20 at 0.004 |  |  | 85.00" in page
-    assert (
-        "falls below LoRA 20, unlike in the paper: -5.00 (one seed, exact test p < 0.0001, by different"
-        in page
-    )
-    assert "LoRA 20 uses 0.001: the best of its trials with 20 epochs was 0.001." in page
-    assert rows(page, "Learning rates")["LoRA 20"][-1] == "0.001: 80.00; 0.0005: 70.00; 0.004: 60.00"
-    compared = page.split("### Comparisons")[1].split("\n## ")[0]
-    assert compared.count("Does HEFT 3 + 3 exceed LoRA 20?") == 2
-
-
-def test_a_repeated_run_is_compared_and_not_pooled(tmp_path):
-    small(tmp_path, 3, 3, [90])
-    assert "## A stored run repeated" not in published(tmp_path)
-    small(tmp_path, 3, 3, [89], new=True, name="repeated/x")
-    page = published(tmp_path)
-    row = rows(page, "A stored run repeated")["HEFT 3 + 3, seed 0"]
-    assert row == ["90.00", "89.00", "990 of 1,000", "other", "1", "2", "bfloat16", "bfloat16"]
-    assert rows(page, "SmolLM2-135M-Instruct on review snippets")["HEFT 3 + 3"][0] == "1"
+    assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page
+    assert "(-5.00 points, exact McNemar p < 0.0001, by different code; paper +0.12)." in page
+    assert "learning rates 5 to 20 (LoRA) and 25 (LoReFT) times" in page
+    trials = page.split("## Learning rates")[1]
+    assert re.findall(r"(0\.\d+) \| 1 \| (\d\d)", trials) == [
+        ("0.001", "80"),
+        ("0.0005", "70"),
+        ("0.004", "60"),
+    ]
+    found = rows(page, "SmolLM2-135M-Instruct on review snippets")
+    assert found["LoRA 20"][2][:5] == "85.00" and "LoRA 20, edition=newer, learning_rate_lora=0.001" in found
 
 
 def test_editions_are_pooled_on_request_only(tmp_path):
@@ -365,12 +387,11 @@ def test_editions_are_pooled_on_request_only(tmp_path):
     write(tmp_path / "smollm2", 3, 3, answers(920, 80), 7, new=True)
     section = "SmolLM2-135M-Instruct on review snippets"
     found = rows(published(tmp_path), section)
-    assert (found["HEFT 3 + 3"][0], found["HEFT 3 + 3, newer edition"][0]) == ("1", "1")
+    assert (found["HEFT 3 + 3"][1], found["HEFT 3 + 3, edition=newer"][1]) == ("1", "1")
     small(tmp_path, 3, 3, [89], new=True, name="repeated/x")
     (tmp_path / "smollm2/pool.json").write_text('{"why": "All predictions are equal."}')
     page = published(tmp_path)
-    assert rows(page, section)["HEFT 3 + 3"][0] == "2" and "All predictions are equal." in page
-    assert rows(page, "A stored run repeated")["HEFT 3 + 3, seed 0"][3] == "other"
+    assert rows(page, section)["HEFT 3 + 3"][1] == "2" and "All predictions are equal." in page
 
 
 # Folders
@@ -383,10 +404,10 @@ def test_a_folder_is_printed_and_nothing_else(tmp_path):
     assert shown.returncode == 0 and not shown.stderr
     page = shown.stdout
     assert page.startswith(
-        f"# Results in {tmp_path}\n\n## SmolLM2-135M-Instruct on mine\n\n| method | seeds |"
+        f"# Results in {tmp_path}\n\n## SmolLM2-135M-Instruct on mine\n\n| method | learning rates | seeds |"
     )
     found = rows(page, "SmolLM2-135M-Instruct on mine")
-    assert found["LoRA 1"][1] == "60.00 (31.3 to 83.2)" and "computed" not in page
+    assert found["LoRA 1"][2] == "60.00 (31.3 to 83.2)" and "computed" not in page
     assert (
         "| HEFT 5 + 2 | LoRA 1 | +30.00 | -8.67 to +58.67 | 1 | 3 | 0 | 0.25 | not shown to differ |" in page
     )
@@ -421,7 +442,7 @@ def test_a_reader_who_leaves(tmp_path):
     command = [sys.executable, report.__file__, str(tmp_path)]
     done = subprocess.run(command, stdout=end, stderr=subprocess.PIPE, text=True)
     os.close(end)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path):
@@ -431,18 +452,18 @@ def test_damaged_and_foreign_files_are_named_and_skipped(tmp_path):
         ("torn", good[:50], "is not a complete result (JSONDecodeError"),
         ("foreign", '{"a": 1}', "is not a complete result"),
         ("list", "[1, 2]", "is not a complete result"),
-        ("old", good.replace('"FORMAT": 2', '"OTHER": 2'), "is not a complete result (KeyError: 'FORMAT')"),
-        ("miscounted", good.replace('predictions": 1', 'predictions": 2'), "of which 1 of 2 are right"),
-        ("alone", good, "has no predictions beside it"),
+        ("old", good.replace('"SEED": 42', '"OTHER": 2'), "is not a complete result (KeyError: 'SEED')"),
+        ("miscounted", good.replace('predictions": 1', 'predictions": 2'), "1 of 2 predictions are right"),
+        ("alone", good, "does not exist"),
     ):
         path = write(tmp_path / "x", 3, 3, answers(1, 1), name=name)
         path.write_text(text)
         if name == "alone":
             path.with_suffix(".predictions.jsonl").unlink()
-        page = report.folder_page(tmp_path)
-        (line,) = [line for line in page.splitlines() if line.startswith(f"- `x/{name}.json`: ")]
+        page = folder_page(tmp_path)
+        (line,) = [line for line in page.splitlines() if line.startswith(f"- x/{name}.")]
         assert reason in line and str(tmp_path) not in line
-    assert rows(page, "SmolLM2-135M-Instruct on reviews")["LoRA 3"][0] == "1" and "hidden" not in page
+    assert rows(page, "SmolLM2-135M-Instruct on reviews")["LoRA 3"][1] == "1" and "hidden" not in page
 
 
 def labels(folder):
@@ -468,7 +489,7 @@ def test_runs_that_differ_in_seed_weights_and_folders_are_pooled(tmp_path):
     assert labels(tmp_path) == [("HEFT 3 + 3", 2)]
     write(tmp_path, 3, 0, answers(8, 2), 1, DATASET="a/reviews")
     write(tmp_path, 3, 0, answers(6, 4), 7, OUTPUT_DIR="o", STAGE_1="x", REFT_LAYER=3)
-    assert labels(tmp_path)[1] == ("LoRA 3, older edition", 2)
+    assert labels(tmp_path)[1] == ("LoRA 3, edition=older", 2)
 
 
 def test_tags_and_settings_are_in_the_label(tmp_path):
@@ -479,49 +500,49 @@ def test_tags_and_settings_are_in_the_label(tmp_path):
     write(tmp_path, 3, 3, answers(8, 2), 1, new=True, name="layer", REFT_LAYER=5)
     found = dict(labels(tmp_path))
     assert found["HEFT 3 + 3"] == 2 and found["HEFT 3 + 3, reft_layer=5"] == 1
-    assert found["HEFT 3 + 3, tag=clip01, code_of_stages=01234567"] == 1
-    assert found["HEFT 3 + 3, other_code=stages m"] == 1
+    assert found["HEFT 3 + 3, code_of_stages=0123456789, tag=clip01"] == 1
+    assert found["HEFT 3 + 3, other_code=stages made by other code"] == 1
 
 
 def test_which_methods_of_a_folder_are_compared(tmp_path):
     write(tmp_path, 3, 3, answers(9, 1))
     write(tmp_path, 4, 0, answers(8, 2), LEARNING_RATE_LORA=0.1)
-    assert "| LoRA 4, learning_rate_lora=0.1 | HEFT 3 + 3 | -10.00 |" in report.folder_page(tmp_path)
+    assert "| HEFT 3 + 3 | LoRA 4, learning_rate_lora=0.1 | +10.00 |" in folder_page(tmp_path)
     for epochs in (1, 2, 3, 5, 6):
         write(tmp_path, epochs, 0, answers(6, 4))
     write(tmp_path, 1, 0, answers(5, 5), name="x", LEARNING_RATE_LORA=0.1)
-    page = report.folder_page(tmp_path)
-    assert "| LoRA 2 | LoRA 1 |" in page and "| LoRA 1, learning_rate_lora=0.1 | LoRA 1 |" in page
-    assert "| LoRA 4, learning_rate_lora=0.1 | LoRA 1, learning_rate_lora=0.1 |" in page
-    assert page.count("learning_rate_lora=0.1") == 2 + 3, "in two rows of methods, and in these comparisons"
+    page = folder_page(tmp_path)
+    assert (
+        "| LoRA 2 | LoRA 1 |" in page
+        and "| LoRA 4, learning_rate_lora=0.1 | LoRA 1, learning_rate_lora" in page
+    )
+    pairs = re.findall(r"^\| (.*?) \| (.*?) \| [+-]", page, re.M)
+    assert {"LoRA 1", "LoRA 1, learning_rate_lora=0.1"} in map(set, pairs)
+    assert len([pair for pair in pairs if "0.1" in "".join(pair)]) == 2
 
 
 def test_a_second_run_of_a_seed_is_shown(tmp_path):
     write(tmp_path, 3, 0, answers(8, 2), name="a")
     write(tmp_path, 3, 0, answers(6, 4), name="b")
-    row = rows(report.folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")["LoRA 3"]
-    assert row[0] == "1" and row[2] == "80.00 (42), 60.00 (42, run 2, not counted)"
+    row = rows(folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")["LoRA 3"]
+    assert row[1] == "1" and row[3] == "80.00 (42), 60.00 (42, run 2, not counted)"
 
 
 def test_only_the_same_questions_are_compared(tmp_path):
-    write(tmp_path, 3, 3, answers(9, 1), question=None)
+    write(tmp_path, 3, 3, answers(9, 1))
     write(tmp_path, 3, 0, answers(3, 7))
     write(tmp_path, 0, 3, answers(3, 7), truth="No")
     write(tmp_path, 20, 0, answers(3, 7), VALIDATION_DATA="another")
-    page = report.folder_page(tmp_path)
+    page = folder_page(tmp_path)
     assert "| HEFT 3 + 3 | LoRA 3 | +60.00 |" in page and page.count("+60.00") == 1
 
 
-def test_smoke_runs_and_published_runs_are_kept_apart(tmp_path, monkeypatch):
-    write(tmp_path, 3, 3, answers(8, 2), SMOKE=True)
-    write(tmp_path / "smoke", 3, 0, answers(6, 4))
-    write(tmp_path / "smollm2", 3, 0, answers(6, 4), 7)
-    write(tmp_path, 3, 0, answers(6, 4), 8)
-    monkeypatch.setattr(report, "HERE", tmp_path)
+def test_runs_in_special_folders_are_kept_apart(tmp_path):
+    for folder in ("smollm2", "smoke", "a/repeated", "a"):
+        write(tmp_path / folder, 3, 0, answers(6, 4))
     runs, _ = report.read_folder(tmp_path)
-    found = runs.groupby("section").size().to_dict()
     model = "SmolLM2-135M-Instruct on reviews"
-    assert found == {f"{model} (smoke)": 2, f"smollm2: {model}": 1, model: 1}
+    assert set(runs.section) == {model, f"{model} (smollm2)", f"{model} (smoke)", f"{model} (repeated)"}
 
 
 def test_a_timing_run_gives_the_computed_times(tmp_path):
@@ -529,7 +550,7 @@ def test_a_timing_run_gives_the_computed_times(tmp_path):
     write(tmp_path, 3, 3, answers(8, 2), seconds=999)
     write(tmp_path / "timing", 1, 1, answers(2, 1))
     write(tmp_path, 3, 3, answers(8, 2), name="other", seconds=332, REFT_LAYER=5)
-    found = rows(report.folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")
+    found = rows(folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")
     assert found["HEFT 3 + 3"][-2:] == ["3.0", "50"] and found["HEFT 3 + 3, reft_layer=5"][-2:] == ["", "17"]
 
 
@@ -546,48 +567,42 @@ def test_two_results(tmp_path):
         "accuracy 95.00 % (95 % interval 88.82 to 97.85), 95 of 100 correct",
         "A minus B: +15.00 points (95 % interval +7.",
         "only A correct: 15, only B correct: 0; exact McNemar test: p < 0.0001",
-        "settings that differ: EPOCHS_LORA 3 and 4, EPOCHS_REFT 3 and 0, SEED 42 and 7\n",
-        "code: differs in CODE_OF_STAGES (commits c and d)\n",
+        "equal predictions: 85 of 100\n",
+        "settings that differ: epochs HEFT 3 + 3 and LoRA 4, seed 42 and 7\n",
+        "code, model files and data: differ in CODE_OF_STAGES\n",
     ):
         assert text in shown.stdout
-    assert shown.stdout.endswith(
-        "\nA is better than B: +15.00 (one seed, exact test p < 0.0001, by different code).\n"
-    )
+    assert shown.stdout.endswith("\nA is better than B.\n")
 
 
 def test_what_two_results_say_of_code_and_tags(tmp_path):
     a = write(tmp_path, 3, 3, answers(8, 2), new=True)
     for changes, says in (
-        ({}, "settings that differ: none\ncode: the same\n"),
+        ({}, "settings that differ: none\ncode, model files and data: the same\nA is not shown to be "),
         ({"TAG": "clip01"}, "settings that differ: TAG none and clip01\n"),
-        (
-            {"script_sha256": "other"},
-            "code: the same where it decides results; the rest of the script differs\n",
-        ),
-        ({"other_code": "accepted"}, "code: differs in OTHER_CODE (commits c and c)\n"),
-        ({"new": False}, "code: differs, one is of an older edition (commits c and c)\n"),
+        ({"other_code": "accepted"}, "code, model files and data: differ in OTHER_CODE\n"),
+        ({"new": False}, "code, model files and data: differ in EDITION\n"),
     ):
         b = write(tmp_path, 3, 3, answers(8, 2), name="b", **{"new": True} | changes)
-        assert says in run(a, b).stdout
+        assert says in report.compare_files([a, b])
 
 
 def test_two_results_that_cannot_be_compared(tmp_path):
     a = write(tmp_path, 3, 3, answers(8, 2))
     shorter = write(tmp_path, 3, 3, answers(8, 1), name="shorter")
-    others = write(tmp_path, 3, 3, answers(8, 2), name="others", question="r")
+    others = write(tmp_path, 3, 3, answers(8, 2), name="others", VALIDATION_DATA="another")
     alone = write(tmp_path, 3, 3, answers(8, 2), name="alone")
     alone.with_suffix(".predictions.jsonl").unlink()
     foreign = tmp_path / "foreign.json"
     foreign.write_text("[]")
     for given, reason in (
-        ([a, a], "twice"),
-        ([a, shorter], "one has 10 questions, the other 9"),
+        ([a, shorter], "the questions are not the same"),
         ([a, others], "the questions are not the same"),
-        ([a, alone], "no predictions beside it"),
-        ([a, foreign], "not a complete result"),
-        ([a, tmp_path / "none.json"], "does not exist"),
-        ([a], "give two results, or one folder"),
-        ([a, a, a], "give two results, or one folder"),
+        ([a, alone], "alone.predictions.jsonl does not exist"),
+        ([a, foreign], "foreign.json is not a complete result"),
+        ([a, tmp_path / "none.json"], "none.json does not exist"),
+        ([a], "give two results that exist, or one folder"),
+        ([a, a, a], "give two results that exist, or one folder"),
         ([tmp_path, "--publish"], "--publish goes alone"),
     ):
         refused = run(*given)
@@ -604,44 +619,91 @@ def test_help_is_the_docstring():
 # The published page
 
 
-def test_the_papers_totals(tmp_path):
-    page = " ".join(published(tmp_path).split())
-    # sqrt(0.8505 * 0.1495 * 3270) = 20.4; 1.96 sqrt(2) times that is 56.5
-    assert "standard error of 0.62 points (20 questions)" in page and "differ by 57 questions" in page
-    assert "HEFT 3 + 3 is 4 questions above LoRA 20, and HEFT 20 + 20 is 14 above" in page
+def test_the_papers_totals():
+    """The page's text on them, in template.md, by the numbers of Table 1."""
+    page = " ".join((ROOT / "results/template.md").read_text().split())
+    short, long, lora = (report.PAPER_ROWS[kind] for kind in ("HEFT 3 + 3", "HEFT 20 + 20", "LoRA 20"))
+    error = sqrt(lora["correct"] * (1 - lora["correct"] / 3270))
+    assert f"standard error of {100 * error / 3270:.2f} points ({error:.0f} questions)" in page
+    assert f"differ by {1.959964 * sqrt(2) * error:.0f} questions" in page
+    above = short["correct"] - lora["correct"], long["correct"] - lora["correct"]
+    assert "HEFT 3 + 3 is {} questions above LoRA 20, and HEFT 20 + 20 is {} above".format(*above) in page
+    assert f"20 epochs of LoRA take {lora['minutes']} minutes, so 4 epochs would take 1:22" in page
+    assert (lora["minutes"] / 5, short["minutes"]) == (82.4, 83) and "HEFT 3 + 3 takes 1:23" in page
+
+
+def test_what_template_md_says_of_the_stored_runs():
+    page = " ".join((ROOT / "results/template.md").read_text().split())
+    runs, _ = report.read_folder(ROOT / "results/smollm2")
+    every = runs[(runs.section == report.SMALL_MODEL) & runs.usual & (runs.kind != "base model")]
+    rows = report.methods_of(every)
+    yes = rows["LoRA 3"].answers.iloc[0].count("Yes") / 10
+    assert f"the same 1,000 questions, of which {yes:.1f} % have the answer Yes" in page
+
+    as_run, computed = rows["LoRA 20"].seconds / 60, rows["LoRA 20"].computed_seconds.iloc[0]
+    text = f"LoRA 20 took {as_run.min():.0f} to {as_run.max():.0f} minutes"
+    assert f"{text}, the computed time is {computed / 60:.0f}." in page
+    longer = rows["LoRA 4"].computed_seconds.iloc[0] / rows["HEFT 3 + 3"].computed_seconds.iloc[0]
+    assert f"LoRA 4 takes {100 * (longer - 1):.0f} % longer than HEFT 3 + 3 here" in page
+
+    assert "Those of LoRA are 20 times the paper's, those of LoReFT 25 times." in page
+    assert {(*run.rates.split(" and "),) for run in every.itertuples()} == {
+        ("0.004",),
+        ("0.005",),
+        ("0.004", "0.005"),
+    }
+    trials = runs[runs.section.str.endswith("(tuning)")]
+    assert set(trials.lora_steps + trials.reft_steps) == {30} and "in 30 steps on 320 rows" in page
+    assert {*every.lora_steps, *every.reft_steps} == {0, 60, 80, 400} and "for 60, 80 and 400 steps" in page
+    last = []
+    for kind in ("LoRA 20", "LoRA 3"):
+        losses = [run["loss"]["lora"][-20:] for run in rows[kind].result]
+        last.append(f"{np.mean(losses):.1f} for {kind}")
+    assert f"averages {' and '.join(last)} in the last epoch" in page
+
+    assert f"up to {max(run['peak_memory_gb'] for run in every.result):.1f} GB" in page
+    assert {run["versions"]["torch"] for run in every.result} == {"2.13.0+cpu"} and "torch 2.13.0+cpu" in page
+    (stored,) = rows["LoRA 3"][rows["LoRA 3"].seed == 42].itertuples()
+    (repeated,) = runs[runs.section.str.endswith("(repeated)")].itertuples()
+    equal = (np.array(stored.predictions) == np.array(repeated.predictions)).sum()
+    text = (
+        f"is {repeated.accuracy:.2f} % instead of {stored.accuracy:.2f} %, and {equal} of 1,000 predictions"
+    )
+    assert text in page
+
+    boolq = runs[(runs.model == "SmolLM2-135M-Instruct on boolq") & (runs.questions == 300)].set_index("kind")
+    scores = [f"{boolq.accuracy[kind]:.2f} %" for kind in ("LoRA 3", "LoReFT 3", "HEFT 3 + 3")]
+    assert "LoRA 3 scores {}, LoReFT 3 {} and HEFT 3 + 3 {}".format(*scores) in page
+    always = np.array(boolq.answers["LoRA 3"]) == "Yes"
+    assert f"Always answering Yes scores {100 * always.mean():.2f} %" in page
+    for right in boolq.right:
+        ahead, behind = (right & ~always).sum(), (~right & always).sum()
+        assert ahead <= behind or report.mcnemar(ahead, behind) > 0.05
 
 
 def test_sections_without_data_are_left_out(tmp_path):
     page = published(tmp_path)
-    for heading in (
-        "Llama-2-7b-chat on BoolQ",
-        "Learning rates",
-        "BoolQ",
-        "A stored run repeated",
-        "Skipped",
-    ):
+    for heading in ("Llama-2-7b-chat on BoolQ", "Learning rates", "SmolLM2-135M-Instruct on review snippets"):
         assert f"## {heading}\n" not in page
     assert "{{" not in page and "memorized" not in page
-    assert finding(tmp_path) == "The paper's model has not been run."
-
-
-def test_always_yes(tmp_path):
-    small(tmp_path, 3, 3, [70], DATASET="boolq")
-    page = " ".join(published(tmp_path).split())
-    assert "Always answering Yes scores 100.00 %." in page and "no method is shown to beat that" in page
+    assert finding(tmp_path) == f"{MODEL_OF_PAPER} not been run."
 
 
 def test_the_figure_shows_the_runs(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(report, "mark", lambda axes, kind, *numbers: shown.append((kind, *numbers[:2])))
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
     small(tmp_path, 3, 3, [80, 60])
     small(tmp_path, 4, 0, [80, 60])
     write(tmp_path / "smollm2/timing", 1, 1, answers(2, 1))
     seven(tmp_path, 3, 3, 85)
     published(tmp_path)
-    assert [kind for kind, *_ in shown[:4]] == list(report.PAPER_ROWS) and shown[2][1:] == (83, 85.17)
-    assert shown[4][:2] == ("HEFT 3 + 3", 183 / 60)
-    assert shown[5:] == [("LoRA 4", 4.0, 70.0), ("HEFT 3 + 3", 183 / 60, 70.0)]
+    shown = []
+    for axes in figures[0].axes[:3]:
+        marks = [line.get_xydata()[0].tolist() for line in axes.lines if len(line.get_xdata()) == 1]
+        shown.append([[round(number, 2) for number in mark] for mark in marks])
+    assert shown[0] == [[83, 85.17], [139, 83.36], [412, 85.05], [551, 85.47]]
+    assert shown[1:] == [[[3.05, 85.02]], [[3.05, 70], [4, 70]]]
+    figures[0].clear()
 
 
 def test_the_published_page_follows_from_the_stored_runs_byte_for_byte(tmp_path):
