@@ -9,10 +9,9 @@
 
 Runs that differ only in the seed are one method. Those in folders called smollm2, llama2, smoke, repeated,
 tuning (trials of learning rates) and timing are kept apart. A run in timing, on an idle machine, gives the
-seconds per step. Times the steps, these are the computed times of runs of the same model, data and layers.
-
-Runs of different code, model files or data are never one method, unless their folder has a file pool.json
-that says why: {"why": "one sentence"}.
+seconds per step and so the computed times of runs of the same model, data and layers. Runs of different code,
+model files or data are never one method, unless their folder has a file pool.json that says why:
+{"why": "one sentence"}.
 """
 
 import argparse
@@ -102,7 +101,7 @@ def read_result(path):
     run["seed"] = int(result["settings"]["SEED"])
     run["model"] = " on ".join(Path(result["settings"][name]).name for name in ("BASE_MODEL", "DATASET"))
     run["rates"] = " and ".join(str(run["settings"][name]) for name in RATES if name in run["settings"])
-    run["pace"] = str([run["model"], *(result["settings"][name] for name in PACE)])
+    run["pace"] = run["model"] + str([result["settings"][name] for name in PACE])
     with path.with_suffix(".predictions.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
     run["answers"] = [row["answer"] for row in rows]
@@ -191,13 +190,13 @@ def page_rows(runs, trials):
     """{kind: runs of one method}: of several, the one with the learning rates of the kind's best trial, else
     with the usual rates, else with the most seeds."""
     best = trials.sort_values("accuracy", kind="stable").groupby("kind").rates.last()
-
-    def rank(method):
+    rows, ranks = {}, {}
+    for method in methods_of(runs).values():
         run = method.iloc[0]
-        return run.rates == best.get(run.kind), not run.odd & set(RATES), len(method)
-
-    methods = sorted(methods_of(runs).values(), key=rank)
-    return {method.kind.iloc[0]: method for method in methods}  # the last of a kind counts
+        rank = run.rates == best.get(run.kind), not run.odd & set(RATES), len(method), not run.odd
+        if rank > ranks.get(run.kind, ()):
+            rows[run.kind], ranks[run.kind] = method, rank
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,7 +263,7 @@ def same_questions(a, b):
 def compare(first, second):
     """Two methods (DataFrames of runs), seed by seed; None if they share no seed with the same questions.
 
-    points: first minus second. low, high: its 95 % interval. p: exact McNemar test, for one seed only.
+    points: first minus second. low, high: its 95 % interval. p: exact McNemar test of one seed, as text.
     conclusion: better, worse or "": of one seed by p < 0.05, of several by whether the interval has 0.
     """
     pairs = [(a, b) for a in first.itertuples() for b in second.itertuples() if a.seed == b.seed]
@@ -272,13 +271,14 @@ def compare(first, second):
     if not pairs:
         return None
     differences = np.stack([a.right.astype(int) - b.right.astype(int) for a, b in pairs])
-    found = SimpleNamespace(seeds=len(pairs), points=100 * differences.mean(), p=None, conclusion="")
+    found = SimpleNamespace(seeds=len(pairs), points=100 * differences.mean(), p="", conclusion="")
     found.only_a, found.only_b = (differences > 0).sum(), (differences < 0).sum()
     found.low, found.high = crossed_interval(differences, [1, -1])
     shown = found.low > 0 or found.high < 0
     if found.seeds == 1:
-        found.p = mcnemar(found.only_a, found.only_b)
-        shown = found.p < 0.05
+        p = mcnemar(found.only_a, found.only_b)
+        found.p = "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
+        shown = p < 0.05
     if shown:
         found.conclusion = "better" if found.points > 0 else "worse"
     found.same_code = not any(differing_names(a.edition, b.edition) for a, b in pairs)
@@ -328,10 +328,6 @@ def markdown(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def p_text(p):
-    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
-
-
 def minutes(seconds):
     """Seconds as minutes, "" if unknown."""
     if np.isnan(seconds):
@@ -346,13 +342,11 @@ def clock(seconds):
 
 def span(texts):
     """The first and the last of some texts or numbers, such as 2 to 5."""
-    first, *_, last = [*texts] * 2
-    return f"{first}" if first == last else f"{first} to {last}"
+    return f"{texts[0]}" if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def accuracy_text(runs):
-    low, high = accuracy_interval(runs)
-    return f"{runs.accuracy.mean():.2f} ({low:.1f} to {high:.1f})"
+    return "{:.2f} ({:.1f} to {:.1f})".format(runs.accuracy.mean(), *accuracy_interval(runs))
 
 
 def headline_table(small, large):
@@ -411,7 +405,7 @@ def comparison_table(pairs):
         row["paper (95 % interval)"] = "{:+.2f} ({:+.2f} to {:+.2f})".format(*paper) if paper else ""
         row["seeds"] = found.seeds
         row["only first right"], row["only second right"] = found.only_a, found.only_b
-        row["exact p"] = "" if found.p is None else p_text(found.p).removeprefix("= ")
+        row["exact p"] = found.p.removeprefix("= ")
         row["the first is"] = found.conclusion or "not shown to differ"
         rows.append(row)
     return markdown(rows)
@@ -446,7 +440,7 @@ def verdicts(rows, model):
     settings = pd.DataFrame([rows[kind].settings.iloc[0] for kind in ["HEFT 3 + 3", *found]])
     ratios = (settings[RATES] / [PAPER["settings"][name] for name in RATES]).agg(["min", "max"])
     if (ratios != 1).any(axis=None):
-        lora, reft = (span([f"{ratio:.3g}" for ratio in ratios[name]]) for name in RATES)
+        lora, reft = [span([f"{low:.3g}", f"{high:.3g}"]) for low, high in ratios.T.to_numpy()]
         text += f" and learning rates {lora} (LoRA) and {reft} (LoReFT) times the paper's"
     subject, unit = ". HEFT 3 + 3", " points, 95 % interval"
     for other, difference in found.items():
@@ -454,7 +448,7 @@ def verdicts(rows, model):
         claim, control = VERDICTS[difference.conclusion]
         text += f"{subject} {(claim if paper else control).format(other)} ({difference.points:+.2f}"
         if difference.seeds == 1:
-            text += f" points, exact McNemar p {p_text(difference.p)}"
+            text += f" points, exact McNemar p {difference.p}"
         else:
             text += f"{unit} {difference.low:+.2f} to {difference.high:+.2f}"
             unit = ","  # which is said once
@@ -469,11 +463,10 @@ def finding(small, large, any_large):
     model = "The paper's model (Llama-2-7b-chat on BoolQ) has"
     if text := verdicts(large, f"{model} been run"):
         return text
-    if large:
-        text = f"{model} been run for {', '.join(large)} only: none of its claims is tested."
-    else:
-        text = f"{model} been run with other settings only." if any_large else f"{model} not been run."
-    return f"{text} {verdicts(small, 'Instead: SmolLM2-135M on short film-review snippets')}".strip()
+    state = "been run, but HEFT 3 + 3 cannot be compared yet" if any_large else "not been run"
+    return (
+        f"{model} {state}. {verdicts(small, 'Instead: SmolLM2-135M on short film-review snippets')}".strip()
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -527,10 +520,10 @@ def draw_differences(axes, models):
             if a in rows and b in rows and (found := compare(rows[a], rows[b])):
                 difference = found.points, found.low, found.high
             if difference:
-                axes.plot(difference[1:], [height] * 2, color=color, lw=1.2)
-                axes.plot(difference[0], height, "D", ms=5, color=color, mfc=inside)
-                value = f"{difference[0]:+.2f}"
-                axes.text(1.02, height, value, color=color, va="center", transform=right_edge)
+                points, *interval = difference
+                axes.plot(interval, [height] * 2, color=color, lw=1.2)
+                axes.plot(points, height, "D", ms=5, color=color, mfc=inside)
+                axes.text(1.02, height, f"{points:+.2f}", color=color, va="center", transform=right_edge)
     axes.set_yticks(-np.arange(6), [f"{a}\nminus {b}" for a, b, _ in QUESTIONS[:6]])
     axes.set_ylim(-5.4, 0.6)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3, frameon=False)
@@ -574,7 +567,7 @@ def sections_text(runs, skipped):
         blocks += [f"## {section}", method_table(group), pair_table(group)]
     if skipped:
         blocks += ["## Skipped files", *skipped]
-    return "\n\n".join(block for block in blocks if block) or "No results."
+    return "\n\n".join(block for block in blocks if block)
 
 
 def fill_template(text, blocks):
@@ -617,10 +610,7 @@ def publish(folder=HERE):
     write_page(folder / "README.md", fill_template((HERE / "template.md").read_text(), blocks))
     table_2 = pd.DataFrame(PAPER["table_2"]["rows"], columns=["model", "size", "accuracy %"])
     details = ["# Details", "All methods and comparisons. One small p among many is no evidence."]
-    details += [
-        sections_text(runs, skipped),
-        sections_text(large_runs, more_skipped) if len(large_runs) else "",
-    ]
+    details += [sections_text(runs, skipped), sections_text(large_runs, more_skipped)]
     details += ["## Table 2 of the paper", f"Source: {PAPER['table_2']['source']}.", markdown(table_2)]
     write_page(folder / "details.md", "\n\n".join(block for block in details if block))
     figure_1(folder / "figure1", small, large)
@@ -628,37 +618,31 @@ def publish(folder=HERE):
 
 def compare_files(paths):
     """The text of `report.py A.json B.json`. ValueError if the two cannot be compared."""
-    runs, about, settings = [], [], []
-    for path in paths:
-        run = read_run(path)
-        low, high = wilson(run["correct"], run["questions"])
-        about.append(
-            """{}
-   {kind}, seed {seed}, {model}
-   accuracy {accuracy:.2f} % (95 % interval {:.2f} to {:.2f}), {correct} of {questions} correct\
-""".format(path, low, high, **run)
-        )
-        values = {"model and data": run["model"], "epochs": run["kind"], "seed": run["seed"]}
-        settings.append(values | run["settings"])
-        runs.append(pd.DataFrame([run]).assign(seed=0))
-    found = compare(*runs)
+    a, b = (read_run(path) for path in paths)
+    found = compare(*(pd.DataFrame([run]).assign(seed=0) for run in (a, b)))
     if not found:
         raise ValueError(f"{paths[0]} and {paths[1]} cannot be compared: the questions are not the same")
-    a, b = runs[0].iloc[0], runs[1].iloc[0]
-    equal = (np.array(a.predictions) == np.array(b.predictions)).sum()
+    lines, settings = [], []
+    for letter, path, run in zip("AB", paths, (a, b)):
+        interval = "95 % interval {:.2f} to {:.2f}".format(*wilson(run["correct"], run["questions"]))
+        lines.append(f"{letter}: {path}")
+        lines.append(f"   {run['kind']}, seed {run['seed']}, {run['model']}, {run['questions']} questions")
+        lines.append(f"   accuracy {run['accuracy']:.2f} % ({interval}), {run['correct']} correct")
+        told = {"model and data": run["model"], "epochs": run["kind"], "seed": run["seed"]}
+        settings.append(told | run["settings"])
+    interval = f"95 % interval {found.low:+.2f} to {found.high:+.2f}"
+    lines.append(f"A minus B: {found.points:+.2f} points ({interval}), exact McNemar test p {found.p}")
+    equal = sum(x == y for x, y in zip(a["predictions"], b["predictions"]))
+    only = f"only A correct: {found.only_a}, only B correct: {found.only_b}"
+    lines.append(f"{only}, equal predictions: {equal}")
     differ = []
     for name in differing_names(*settings):
-        differ.append(f"{name} {' and '.join(str(values[name]) or 'none' for values in settings)}")
-    names = ", ".join(differing_names(a.edition, b.edition))
-    return f"""A: {about[0]}
-B: {about[1]}
-A minus B: {found.points:+.2f} points (95 % interval {found.low:+.2f} to {found.high:+.2f})
-only A correct: {found.only_a}, only B correct: {found.only_b}; exact McNemar test: p {p_text(found.p)}
-equal predictions: {equal} of {a.questions}
-settings that differ: {", ".join(differ) or "none"}
-code, model files and data: {f"differ in {names}" if names else "the same"}
-A is {found.conclusion or "not shown to be better or worse"} than B.\
-"""
+        differ.append(f"{name} {settings[0][name] or 'none'} and {settings[1][name] or 'none'}")
+    lines.append(f"settings that differ: {', '.join(differ) or 'none'}")
+    names = differing_names(a["edition"], b["edition"])
+    lines.append(f"code, model files and data that differ: {', '.join(names) or 'none'}")
+    lines.append(f"A is {found.conclusion or 'not shown to be better or worse'} than B.")
+    return "\n".join(lines)
 
 
 def main():
@@ -671,17 +655,20 @@ def main():
     given = parser.parse_args()
     folder = given.paths[0] if given.paths else HERE
     try:
+        if given.publish and (given.paths or given.write):
+            raise ValueError("--publish goes alone")
         if given.publish:
-            if given.paths or given.write:
-                raise ValueError("--publish goes alone")
             publish()
         elif len(given.paths) == 2 and not given.write:
             print(compare_files(given.paths))
         elif len(given.paths) > 1 or not folder.is_dir():
             raise ValueError("give two results that exist, or one folder")
         else:
-            page = f"# Results in {folder}\n\n{sections_text(*read_folder(folder))}"
-            print(page) if not given.write else write_page(folder / "report.md", page)
+            page = f"# Results in {folder}\n\n{sections_text(*read_folder(folder)) or 'No results.'}"
+            if given.write:
+                write_page(folder / "report.md", page)
+            else:
+                print(page)
     except (ValueError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         sys.exit(2)
