@@ -310,7 +310,7 @@ QUESTIONS = [  # of the page, by the methods compared
     ("HEFT 3 + 3", "LoRA 3", "Does LoReFT improve on LoRA 3?"),
     ("HEFT 3 + 3", "LoReFT 3", "Does LoRA first improve on LoReFT 3?"),
 ]
-ABOUT = ", a control of about the same training time"
+ABOUT = ", a control of similar training time"
 VERDICTS = {  # of a claim of the paper, and of a control, by the conclusion of the comparison
     "better": ("exceeds {}, as in the paper", "is better than {}" + ABOUT),
     "worse": ("falls below {}, unlike in the paper", "is worse than {}" + ABOUT),
@@ -453,8 +453,11 @@ def verdicts(rows, model):
             text += f"{unit} {difference.low:+.2f} to {difference.high:+.2f}"
             unit = ","  # which is said once
         text += "" if difference.same_code else ", by different code"
-        text += f"; paper {paper[0]:+.2f})" if paper else "; not in the paper)"
+        text += f"; paper {paper[0]:+.2f})" if paper else ")"
         subject = ". It"
+    if {"LoRA 4", "LoReFT 20"} <= set(rows) and (control := compare(rows["LoRA 4"], rows["LoReFT 20"])):
+        spread = f"p {control.p}" if control.seeds == 1 else f"{control.low:+.2f} to {control.high:+.2f}"
+        text += f". LoRA 4 minus LoReFT 20: {control.points:+.2f} ({spread})"
     return f"{text}."
 
 
@@ -464,9 +467,7 @@ def finding(small, large, any_large):
     if text := verdicts(large, f"{model} been run"):
         return text
     state = "been run, but HEFT 3 + 3 cannot be compared yet" if any_large else "not been run"
-    return (
-        f"{model} {state}. {verdicts(small, 'Instead: SmolLM2-135M on short film-review snippets')}".strip()
-    )
+    return f"{model} {state}. {verdicts(small, 'Instead: SmolLM2-135M on film-review snippets')}".strip()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -502,6 +503,10 @@ def draw_accuracies(axes, title, rows, column):
         color, marker, inside = STYLE[kind]
         axes.plot([place] * 2, accuracy_interval(rows[kind]), color=color, lw=1.4)
         axes.plot(place, rows[kind].accuracy.mean(), marker, ms=8, mew=1.6, color=color, mfc=inside)
+    alone = [rows[kind] for kind in ("LoRA 3", "LoRA 4", "LoRA 20") if kind in rows]
+    line = [(runs[column].min() / 60, runs.accuracy.mean()) for runs in alone]
+    if len(line) > 1:
+        axes.plot(*zip(*line), ".:", color=STYLE["LoRA 4"][0], lw=1)
     if len(times):
         axes.set_xlim(times.min() / 1.4, place * 1.4)
 
@@ -553,8 +558,9 @@ def figure_1(path, small, large):
     draw_differences(axes[-1], {name: rows for name, rows in models.items() if rows})
     for kind, (color, marker, inside) in STYLE.items():
         axes[0].plot([], [], marker, ms=8, mew=1.6, color=color, mfc=inside, label=kind)
+    axes[0].plot([], [], ".:", color=STYLE["LoRA 4"][0], label="LoRA 3 to 4 to 20")
     handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper left", ncols=5, frameon=False, fontsize=10)
+    figure.legend(*handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10)
     for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         figure.savefig(path.with_name(path.name + ending), dpi=150, metadata=metadata)
     plt.close(figure)

@@ -250,8 +250,8 @@ def test_one_seed_far_apart(tmp_path):
     for part in (
         "with 1 seed and learning rates 20 (LoRA) and 25 (LoReFT) times the paper's. HEFT 3 + 3 falls below",
         "below LoReFT 20, unlike in the paper (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
-        "It is better than LoRA 4, a control of about the same training time (+9.00 points, exact McNemar",
-        "; not in the paper). It exceeds LoRA 20, as in the paper (+9.00 points, exact McNemar p < 0.0001; ",
+        "It is better than LoRA 4, a control of similar training time (+9.00 points, exact McNemar",
+        "). It exceeds LoRA 20, as in the paper (+9.00 points, exact McNemar p < 0.0001; ",
     ):
         assert part in text
 
@@ -261,7 +261,7 @@ def test_one_seed_equal(tmp_path):
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
     assert "HEFT 3 + 3 is not shown to differ from LoRA 4, a control" in text
-    assert "(+0.00 points, exact McNemar p = 1; not in the paper)." in text
+    assert "(+0.00 points, exact McNemar p = 1)." in text
     assert "LoRA 20" not in text and "LoReFT 20" not in text and "interval" not in text
 
 
@@ -312,7 +312,7 @@ def test_twelve_seeds_and_three(tmp_path):
     text = finding(tmp_path)
     assert " with 3 to 12 seeds and " in text
     assert "HEFT 3 + 3 exceeds LoReFT 20, as in the paper (+10.00 points, 95 % interval +" in text
-    assert "It is worse than LoRA 4, a control of about the same training time (-1.00, -" in text
+    assert "It is worse than LoRA 4, a control of similar training time (-1.00, -" in text
     small(tmp_path, 20, 0, [88])
     assert "It exceeds LoRA 20, as in the paper (+2.00 points, exact McNemar p < 0.0001; paper" in finding(
         tmp_path
