@@ -441,8 +441,8 @@ def verdicts(rows, model):
     ratios = (settings[RATES] / [PAPER["settings"][name] for name in RATES]).agg(["min", "max"])
     if (ratios != 1).any(axis=None):
         lora, reft = [span([f"{low:.3g}", f"{high:.3g}"]) for low, high in ratios.T.to_numpy()]
-        text += f" and learning rates {lora} (LoRA) and {reft} (LoReFT) times the paper's"
-    subject, unit = ". HEFT 3 + 3", " points, 95 % interval"
+        text += f", at {lora}-fold (LoRA) and {reft}-fold (LoReFT) the paper's learning rates"
+    subject, unit = ". HEFT 3 + 3 (epochs)", " points, 95 % interval"
     for other, difference in found.items():
         paper = papers_difference("HEFT 3 + 3", other)
         claim, control = VERDICTS[difference.conclusion]
@@ -463,7 +463,7 @@ def verdicts(rows, model):
 
 def finding(small, large, any_large):
     """The first paragraph of the page. `any_large`: whether the paper's model was run, with any settings."""
-    model = "The paper's model (Llama-2-7b-chat on BoolQ) has"
+    model = "The paper's model (Llama-2-7b-chat, BoolQ) has"
     if text := verdicts(large, f"{model} been run"):
         return text
     state = "been run, but HEFT 3 + 3 cannot be compared yet" if any_large else "not been run"
@@ -490,7 +490,9 @@ SOURCES = {  # of differences: colour, inside of the mark, place above or below 
 def draw_accuracies(axes, title, rows, column):
     """Accuracy against time. `column`: which seconds of the rows to show."""
     axes.set_title(title, loc="left", weight="bold")
-    axes.set(xscale="log", xlabel="training time (minutes, log scale)", ylabel="accuracy (%)")
+    axes.set(
+        xscale="log", xlabel="training time (minutes, log scale)", ylabel="accuracy (%) and 95 % interval"
+    )
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()

@@ -235,7 +235,7 @@ def seven(folder, lora, reft, accuracy, seed=42, **changes):
     write(folder / "llama2", lora, reft, answers(correct, 3270 - correct), seed, new=True, **PAPER | changes)
 
 
-MODEL_OF_PAPER = "The paper's model (Llama-2-7b-chat on BoolQ) has"
+MODEL_OF_PAPER = "The paper's model (Llama-2-7b-chat, BoolQ) has"
 
 
 def test_one_seed_far_apart(tmp_path):
@@ -245,10 +245,10 @@ def test_one_seed_far_apart(tmp_path):
     small(tmp_path, 0, 20, [99])
     text = finding(tmp_path)
     assert text.startswith(
-        f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on short film-review snippets with "
+        f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on film-review snippets with "
     )
     for part in (
-        "with 1 seed and learning rates 20 (LoRA) and 25 (LoReFT) times the paper's. HEFT 3 + 3 falls below",
+        "with 1 seed, at 20-fold (LoRA) and 25-fold (LoReFT) the paper's learning rates. HEFT 3 + 3 (epochs)",
         "below LoReFT 20, unlike in the paper (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
         "It is better than LoRA 4, a control of similar training time (+9.00 points, exact McNemar",
         "). It exceeds LoRA 20, as in the paper (+9.00 points, exact McNemar p < 0.0001; ",
@@ -260,7 +260,7 @@ def test_one_seed_equal(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
-    assert "HEFT 3 + 3 is not shown to differ from LoRA 4, a control" in text
+    assert "HEFT 3 + 3 (epochs) is not shown to differ from LoRA 4, a control" in text
     assert "(+0.00 points, exact McNemar p = 1)." in text
     assert "LoRA 20" not in text and "LoReFT 20" not in text and "interval" not in text
 
@@ -277,32 +277,32 @@ def test_one_seed_where_the_interval_and_the_exact_test_disagree(tmp_path):
         write(tmp_path / "smollm2", 20, 0, right)
         runs = report.methods_of(report.read_folder(tmp_path / "smollm2")[0])
         assert report.compare(runs["HEFT 3 + 3"], runs["LoRA 20"]).low > 0
-        assert f"HEFT 3 + 3 {words} (+0." in finding(tmp_path)
+        assert f"HEFT 3 + 3 (epochs) {words} (+0." in finding(tmp_path)
 
 
 def test_three_seeds_with_equal_differences(tmp_path):
     small(tmp_path, 3, 3, [90, 88, 92])
     small(tmp_path, 4, 0, [81, 79, 83])
     text = finding(tmp_path)
-    found = re.search(
-        r"is better than LoRA 4, .*? \(\+9.00 points, 95 % interval \+(\S+) to \+(\S+); not in", text
-    )
+    found = re.search(r"is better than LoRA 4, .*? \(\+9.00 points, 95 % interval \+(\S+) to \+(\S+)\)", text)
     assert float(found[1]) < 8 and float(found[2]) > 10
-    assert " with 3 seeds and " in text
+    assert " with 3 seeds, at " in text
 
 
 def test_three_equal_seeds(tmp_path):
     for lora, reft in ((3, 3), (4, 0), (20, 0), (0, 20)):
         small(tmp_path, lora, reft, [90, 88, 92])
     text = finding(tmp_path)
-    assert text.count(" is not shown to ") == 3 and text.count("+0.00") == 3
+    assert text.count(" is not shown to ") == 3 and text.count("+0.00") == 4
     assert text.count("interval") == 1 and "McNemar" not in text
 
 
 def test_three_seeds_that_disagree(tmp_path):
     small(tmp_path, 3, 3, [90, 80, 90])
     small(tmp_path, 20, 0, [80, 82, 80])
-    assert "HEFT 3 + 3 is not shown to exceed LoRA 20 (+6.00 points, 95 % interval -" in finding(tmp_path)
+    assert "HEFT 3 + 3 (epochs) is not shown to exceed LoRA 20 (+6.00 points, 95 % interval -" in finding(
+        tmp_path
+    )
 
 
 def test_twelve_seeds_and_three(tmp_path):
@@ -310,8 +310,8 @@ def test_twelve_seeds_and_three(tmp_path):
     small(tmp_path, 4, 0, [91] * 6 + [92] * 6)
     small(tmp_path, 0, 20, [80] * 3)
     text = finding(tmp_path)
-    assert " with 3 to 12 seeds and " in text
-    assert "HEFT 3 + 3 exceeds LoReFT 20, as in the paper (+10.00 points, 95 % interval +" in text
+    assert " with 3 to 12 seeds, at " in text
+    assert "HEFT 3 + 3 (epochs) exceeds LoReFT 20, as in the paper (+10.00 points, 95 % interval +" in text
     assert "It is worse than LoRA 4, a control of similar training time (-1.00, -" in text
     small(tmp_path, 20, 0, [88])
     assert "It exceeds LoRA 20, as in the paper (+2.00 points, exact McNemar p < 0.0001; paper" in finding(
@@ -324,7 +324,7 @@ def test_heft_of_the_papers_model_alone(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 20, 0, [90])
     text = finding(tmp_path)
-    words = "been run, but HEFT 3 + 3 cannot be compared yet. Instead: SmolLM2-135M on short film-review"
+    words = "been run, but HEFT 3 + 3 cannot be compared yet. Instead: SmolLM2-135M on film-review"
     assert text.startswith(f"{MODEL_OF_PAPER} {words}")
     page = published(tmp_path)
     assert rows(page, "Llama-2-7b-chat on BoolQ")["HEFT 3 + 3"][2].startswith("85.02 (")
@@ -336,7 +336,7 @@ def test_heft_of_the_papers_model_alone(tmp_path):
 def test_two_rows_of_the_papers_model(tmp_path):
     seven(tmp_path, 3, 3, 85)
     seven(tmp_path, 20, 0, 86)
-    words = "been run with 1 seed. HEFT 3 + 3 falls below LoRA 20, unlike in the paper"
+    words = "been run with 1 seed. HEFT 3 + 3 (epochs) falls below LoRA 20, unlike in the paper"
     numbers = "(-0.98 points, exact McNemar p < 0.0001; paper +0.12)"
     assert finding(tmp_path) == f"{MODEL_OF_PAPER} {words} {numbers}."
 
@@ -347,7 +347,7 @@ def test_all_rows_of_the_papers_model_with_lora_4(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
-    assert "has been run with 1 seed. HEFT 3 + 3 exceeds LoReFT 20, as in the paper (+2.02" in text
+    assert "has been run with 1 seed. HEFT 3 + 3 (epochs) exceeds LoReFT 20, as in the paper (+2.02" in text
     assert "It is better than LoRA 4, a control" in text and "SmolLM2" not in text
     assert "It is not shown to exceed LoRA 20 (+0.00 points, exact McNemar p = 1; paper +0.12)." in text
     assert "| LoRA 4 | not in the paper | 1:22, computed | 84.01 (" in published(tmp_path)
@@ -372,7 +372,7 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
     page = published(tmp_path)
     assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page
     assert "(-5.00 points, exact McNemar p < 0.0001, by different code; paper +0.12)." in page
-    assert "learning rates 5 to 20 (LoRA) and 25 (LoReFT) times" in page
+    assert "5 to 20-fold (LoRA) and 25-fold (LoReFT) the" in page
     trials = page.split("## Learning rates")[1]
     assert re.findall(r"(0\.\d+) \| 1 \| (\d\d)", trials) == [
         ("0.001", "80"),
