@@ -989,7 +989,9 @@ def check_tokenizer_file(base, prompts):
 # OUTPUT_DIR/lora3/                stage 1: adapter_model.safetensors, adapter_config.json, heft.json
 # OUTPUT_DIR/lora3-reft3/          stage 2: intkey_*.bin (the intervention), config.json, heft.json
 # OUTPUT_DIR/lora3-reft3/adapter/  a copy of the stage 1 that stage 2 was trained on
-# OUTPUT_DIR/*/heft.json           the stage's record, written last: what made the weights, and their hashes
+# OUTPUT_DIR/*/heft.json           the stage's record, written last: made_with (all that decides its weights),
+#                                  below (the hash of those it was trained on), files (with hashes), commit,
+#                                  script_sha256, device, versions, loss (per step), seconds, memory
 # OUTPUT_DIR/*/checkpoint.pt       of an unfinished stage: its record so far, weights and optimizer
 # OUTPUT_DIR/*/lock                locked by the process that trains the stage, for as long as it lives
 # RESULTS_DIR/lora3-reft3.json     the result; .predictions.jsonl is beside it
