@@ -55,10 +55,11 @@ RESULTS_DIR = "results"    # folder of results and predictions
 ACCEPT_OTHER_CODE = False  # reuse stages, checkpoints and results that other code made; the result says so
 # ---------------------------------------------------------------------------------------------
 # fmt: on
-# Files remember the code that made them. After an edit between main() and the evaluation, stages and results
-# of other code are refused; after an edit of the evaluation, only results. Docstrings count, comments do not.
-# TAG keeps both, side by side; ACCEPT_OTHER_CODE is for edits that change nothing. A new setting needs a row
-# in the table SETTINGS, below, with the old behaviour as the paper's value.
+# Files remember the code that made them. After an edit from main() to the section on evaluation, stages and
+# results of other code are refused; after an edit of that section, only results. Docstrings count, but not
+# comments and the bookkeeping. TAG keeps both, side by side; ACCEPT_OTHER_CODE is for edits that change
+# nothing. A new setting needs a row in the table SETTINGS, below, with the old behaviour as the paper's
+# value.
 
 import argparse
 import contextlib
@@ -258,7 +259,7 @@ def train(stage, module, forward, examples, initial_rate):
 
     AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED, the
     step's number and the number of steps: a resumed run gives the same result. On a signal: checkpoint, exit.
-    forward: as in accumulate_gradients."""
+    forward(**microbatch without labels) returns an output with logits (batch, length, vocabulary)."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, initial_rate, weight_decay=0.0)  # the fused rounds differently
     steps_per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # the last may have fewer examples
@@ -296,7 +297,7 @@ def train(stage, module, forward, examples, initial_rate):
 def accumulate_gradients(forward, examples):
     """Backpropagate the loss of a step, micro-batch by micro-batch, and return it, a scalar tensor.
 
-    forward: function from a micro-batch without labels to a model's output; logits: see example_losses."""
+    forward: as in train."""
     loss = 0.0
     for microbatch in collate(examples):
         labels = microbatch.pop("labels")
@@ -390,8 +391,8 @@ def add_intervention(model):
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
     rotation.base = rotation.base.contiguous()  # its layout decides the last bits in results/
-    edited = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
-    config = ReftConfig(representations=edited | {"intervention": intervention})
+    place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
+    config = ReftConfig(representations=place | {"intervention": intervention})
     return get_reft_model(model, config), intervention
 
 
@@ -409,8 +410,8 @@ def prepare_forward(model, reft_model, examples):
     start = decoder(torch.tensor([common], device=DEVICE), use_cache=True).past_key_values
 
     def forward(input_ids, before, before_mask):
-        # input_ids: (batch, length), last prompt token, answer and EOS. before: (batch, tokens between start
-        # and input_ids). before_mask: (batch, tokens of start and before), 0 where before is padded.
+        # All (batch, columns). before_mask has the columns of start and before, as start was cut from before
+        # only, and is 0 where before is padded.
         cache = copy.deepcopy(start)
         cache.batch_repeat_interleave(len(input_ids))
         with torch.no_grad():
@@ -419,8 +420,8 @@ def prepare_forward(model, reft_model, examples):
         mask = torch.cat([before_mask, torch.ones_like(input_ids)], 1)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position}
         # Column 0 is the last prompt token: there, and nowhere else, the hidden state is edited.
-        _, edited = reft_model(inputs | {"past_key_values": cache}, unit_locations={"base": 0})
-        return edited
+        _, output = reft_model(inputs | {"past_key_values": cache}, unit_locations={"base": 0})
+        return output
 
     return examples, forward
 
@@ -443,8 +444,8 @@ def generate_answers(model, reft_model, tokenizer, questions):
         rows = tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt").to(DEVICE)
         columns = rows["input_ids"].shape[1]
         if reft_model:
-            edited = dict(unit_locations={"base": columns - 1}, intervene_on_prompt=True)
-            _, output = reft_model.generate(dict(rows), generation_config=greedy, **edited)
+            where = dict(unit_locations={"base": columns - 1}, intervene_on_prompt=True)
+            _, output = reft_model.generate(dict(rows), generation_config=greedy, **where)
         else:
             output = model.generate(**rows, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)
@@ -564,7 +565,7 @@ def read_settings(arguments):
     parser.error = partial(stop_if, True)
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
     first_screen = SOURCE.partition("\nimport ")[0]
-    for name, comment in re.findall(r"^([A-Z_]+) = .*?(?:  # (.*))?$", first_screen, re.M):
+    for name, comment in re.findall(r"^([A-Z0-9_]+) = .*?(?:  # (.*))?$", first_screen, re.M):
         stop_if(name not in SETTINGS, f"{name} has no row in SETTINGS: nothing would notice a change of it")
         legal, default = SETTINGS[name].legal, globals()[name]
         if legal is SWITCH:
@@ -576,7 +577,7 @@ def read_settings(arguments):
         parser.add_argument(f"--{name.lower().replace('_', '-')}", dest=name, help=about, **options)
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = re.findall(r"--[a-z-]+", parser.format_usage())
+        flags = re.findall(r"--[a-z0-9-]+", parser.format_usage())
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         hint = f"do you mean {near[0]}?" if near else "--help lists the flags"
         raise Stop(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
@@ -695,7 +696,9 @@ def report_error(error):
         smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
         error = Stop(f"GPU memory is full: set {smaller}, or use a GPU with more memory", 1)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = Stop(f"{error.filename}: {error.strerror}; when that is fixed, the same command continues", 1)
+        error = Stop(
+            f"{error.filename or 'disk'}: {error.strerror}; when that is fixed, the same command continues", 1
+        )
     with contextlib.suppress(OSError, ValueError):  # nobody can read it, but the status counts
         if not isinstance(error, Stop) or os.environ.get("HEFT_TRACEBACK"):
             traceback.print_exception(cause)
@@ -962,6 +965,7 @@ def check_data(base, train_rows, examples, questions):
     # Beyond the original length of a stretched model, a row depends on its batch. So it does beyond a sliding
     # window, which would count the padding between `before` and the last prompt token.
     config = base.meta_model.config
+    # The names may begin with anything, as in "sliding_window".
     sizes = "original_max_position_embeddings" + ("|window|window_size" if EPOCHS_REFT else "")
     limits = re.findall(rf'(?:{sizes})": (\d+)', config.to_json_string(use_diff=False))
     limits.append(getattr(config, "max_position_embeddings", None) or longest)
@@ -1003,12 +1007,12 @@ FILES = {
 
 @dataclass
 class Stage:
-    """One training stage: what is planned, which never changes, and what was found or made."""
+    """One training stage: what is planned, and what was found or made."""
 
     part: str  # lora or reft
     title: str  # in messages: "stage 1, LoRA"
     epochs: int  # passes over the data
-    made_with: dict  # all that decides its weights, apart from the stage below
+    made_with: dict  # all that decides its weights, apart from the weights below
     repo: str  # its repository on the Hub, owner/name
     below: "Stage | None"  # the stage that it is trained on
     folder: Path  # where it is stored (stage 1: in stage 2's folder adapter/, if that is there)
@@ -1091,7 +1095,7 @@ def claim_stages(run):
             tempfile.TemporaryFile(dir=folder).close()
     if run.reft:
         claim(run.reft)
-        adapter = run.reft.folder / "adapter"
+        adapter = run.reft.folder / "adapter"  # if it is there, the stage 1 that stage 2 needs is that copy
         if run.lora and (adapter / "heft.json").exists():
             run.lora.folder = adapter
     if run.lora:
@@ -1197,7 +1201,7 @@ def resume(stage, tensors, optimizer):
     for key in ("commit", "script_sha256", "device", "versions"):
         if new[key] != record[key]:
             record.setdefault("resumed_with", {})[key] = new[key]
-    if "other_code" in record:  # which names the version that began it, so that this may name ours
+    if "other_code" in record:  # that of the version that began it; commit and script_sha256 become ours
         planned |= script_version()
     return record | planned
 
@@ -1238,7 +1242,7 @@ def copy_stage(record, source, target):
 def weights_hash(record):
     """The hash of a finished stage's weights; None without a record. (PEFT's .json has a random order.)"""
     files = record["files"] if record else {}
-    return next((files[name] for name in files if not name.endswith(".json")), None)
+    return "+".join(files[name] for name in files if not name.endswith(".json")) or None
 
 
 def hashes_of(folder, names):
@@ -1369,7 +1373,7 @@ def push(stage, run, model, base):
             copy_stage(stage.record, stage.folder, folder)
         else:
             model.save_pretrained(folder)
-            (folder / "generation_config.json").unlink(missing_ok=True)  # the base model's, if it has one
+            (folder / "generation_config.json").unlink(missing_ok=True)  # an empty one; the base's follows
             for pattern in ("generation_config.json", "chat_template*", *TOKENIZER_FILES):
                 for path in base.folder.glob(pattern):
                     shutil.copy(path, folder)
@@ -1386,7 +1390,7 @@ def model_card(stage, run):
     licence = "llama2" if "llama-2" in BASE_MODEL.lower() else "other"
     about = huggingface_hub.ModelCardData(base_model=model, datasets=data, license=licence)
     made = "made by the reference reproduction of HEFT (arXiv 2509.09801), whose README shows how to use it"
-    text = f"{stage.title} of the run {run.name}, {made}. {summary(run.result)}"
+    text = f"{stage.title} of the run {run.name}, {made}. Result of the whole run: {summary(run.result)}"
     return f"---\n{about.to_yaml()}\n---\n{text}\n"
 
 
@@ -1433,7 +1437,8 @@ def write_result(run, settings, evaluation, questions, texts):
     result = score([row["prediction"] for row in rows], [row["answer"] for row in rows])
     result |= script_version() | {"settings": settings, "made_with": run.made_with}
     records = {stage.part: stage.record for stage in run.stages}
-    trained = {part: records.get(part, {"seconds": 0.0, "loss": []}) for part in ("lora", "reft")}
+    skipped = {"seconds": 0.0, "loss": []}  # a stage that the run does not have
+    trained = {part: records.get(part, skipped) for part in ("lora", "reft")}
     records["evaluation"] = evaluation
     seconds = {part: record["seconds"] for part, record in (trained | records).items()}
     result["seconds"] = seconds | {"total": sum(seconds.values())}
