@@ -346,8 +346,10 @@ def microbatches(lengths, max_tokens):
 # ----- Stage 1: LoRA (paper, section 3.2)
 def lora_config():
     """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
-    names = LORA_TARGETS.replace(",", " ").split()
-    targets = LORA_TARGETS if LORA_TARGETS == "all-linear" else names or None  # None: PEFT's default
+    if LORA_TARGETS in ("", "all-linear"):  # PEFT's default for the model; PEFT's keyword
+        targets = LORA_TARGETS or None
+    else:
+        targets = LORA_TARGETS.replace(",", " ").split()
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
