@@ -571,7 +571,7 @@ def read_settings(arguments):
         stop_if(name not in SETTINGS, f"{name} has no row in SETTINGS: nothing would notice a change of it")
         legal, default = SETTINGS[name].legal, globals()[name]
         if legal is SWITCH:
-            stop_if(default not in (True, False), f"{name} must be True or False, not {default!r}")
+            stop_if(not isinstance(default, bool), f"{name} must be True or False, not {default!r}")
             options = dict(action=argparse.BooleanOptionalAction, default=default)
         else:  # the default as text, so that argparse checks an edited constant like a flag
             options = dict(type=partial(legal_value, legal), default=str(default), metavar="X")
