@@ -163,8 +163,8 @@ def main():
 
     # Evaluation: greedy answers to the validation questions [4]
     if not run.result:  # else only the upload is left
-        texts, record = generate_answers(model, reft_model, base.tokenizer, questions)
-        run.result = write_result(run, settings, record, questions, texts)
+        answers, record = generate_answers(model, reft_model, base.tokenizer, questions)
+        run.result = write_result(run, settings, record, questions, answers)
 
     # All results are on disk now: what is large, and what may fail, comes last
     print_summary(run)
@@ -430,10 +430,10 @@ def prepare_forward(model, reft_model, examples):
 
 # ----- Evaluation (paper, section 4)
 def generate_answers(model, reft_model, tokenizer, questions):
-    """(the generated text for each question, in their order; the evaluation's record)."""
+    """([{"text": the generated text} for each question, in their order], the evaluation's record)."""
     say(f"\nevaluation of {len(questions):,} questions")
     prompts = [row["tokens"] for row in questions]
-    text_of = {}
+    answer_of = {}
     # Greedy: the chat model's own generation_config.json, which load_base_model leaves out, would sample.
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, **ends)
@@ -451,9 +451,9 @@ def generate_answers(model, reft_model, tokenizer, questions):
         else:
             output = model.generate(**rows, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)
-        text_of.update(zip(group, texts))
-        log_progress(record, began, "micro-batch", number, len(groups), f"{len(text_of):,} questions")
-    return [text_of[i].strip() for i in range(len(prompts))], record
+        answer_of.update((i, {"text": text.strip()}) for i, text in zip(group, texts))
+        log_progress(record, began, "micro-batch", number, len(groups), f"{len(answer_of):,} questions")
+    return [answer_of[i] for i in range(len(prompts))], record
 
 
 def predict(text):
@@ -628,7 +628,8 @@ def shortened(name, limit):
 
 
 def made_with(settings, outcome, **hashes):
-    """All that decides an outcome: its settings and, as hashes, its code, model and data."""
+    """All that decides an outcome: its settings and, as hashes, its code, model and data. For stage 1:
+    {"EPOCHS_LORA": 3, "LORA_RANK": 8, ..., "TRAIN_DATA": "5e78...", "CODE_OF_STAGES": "a03c..."}."""
     names = set(deciding_settings(settings, outcome)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
     hashes["CODE_OF_STAGES"] = code_hash("def main():", "# ----- Evaluation")
     if outcome == "run":
@@ -1087,8 +1088,10 @@ def already_done(run):
     return True
 
 
-# A stage 2 that is finished or begun, here or on the Hub, has its stage 1 with it, in adapter/: that one is
-# used. A new stage 2 is trained on the stage 1 that has a folder of its own, which other runs share.
+# A stage 2 that is     uses the stage 1 of
+# finished or begun     its own folder, in adapter/
+# only on the Hub       its repository, in adapter/; both are copied
+# new                   OUTPUT_DIR/lora3, which other runs share; or of the Hub; or stage 1 is trained, too
 def claim_stages(run):
     """Read the stages that are finished, here or on the Hub; lock the others until this process ends."""
     for folder in (OUTPUT_DIR, RESULTS_DIR):
@@ -1430,22 +1433,25 @@ def summary(result):
 RECORDED = "device peak_memory_gb tokens_per_microbatch versions resumed_with other_code".split()
 
 
-def write_result(run, settings, evaluation, questions, texts):
+def write_result(run, settings, evaluation, questions, answers):
     """Write the result and the predictions of the run. Returns the result, the paper's five keys first.
 
-    evaluation: its record, as those of the stages; texts: the generated text for each question."""
+    evaluation, answers: as generate_answers returns them; the predictions get all that answers hold."""
     rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
-    rows = [row | {"prediction": predict(text), "text": text} for row, text in zip(rows, texts)]
-    result = score([row["prediction"] for row in rows], [row["answer"] for row in rows])
-    result |= script_version() | {"settings": settings, "made_with": run.made_with}
+    rows = [row | {"prediction": predict(found["text"])} | found for row, found in zip(rows, answers)]
     records = {stage.part: stage.record for stage in run.stages}
     skipped = {"seconds": 0.0, "loss": []}  # a stage that the run does not have
-    trained = {part: records.get(part, skipped) for part in ("lora", "reft")}
+    lora, reft = records.get("lora", skipped), records.get("reft", skipped)
+    seconds = {"lora": lora["seconds"], "reft": reft["seconds"], "evaluation": evaluation["seconds"]}
+    result = score([row["prediction"] for row in rows], [row["answer"] for row in rows]) | script_version()
+    result |= {
+        "settings": settings,
+        "made_with": run.made_with,
+        "weights": {part: weights_hash(records.get(part)) for part in ("lora", "reft")},
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "loss": {"lora": lora["loss"], "reft": reft["loss"]},
+    }
     records["evaluation"] = evaluation
-    seconds = {part: record["seconds"] for part, record in (trained | records).items()}
-    result["seconds"] = seconds | {"total": sum(seconds.values())}
-    result["loss"] = {part: record["loss"] for part, record in trained.items()}
-    result["weights"] = {part: weights_hash(records.get(part)) for part in trained}
     for key in RECORDED:
         found = {part: record[key] for part, record in records.items() if key in record}
         result |= {key: found} if found else {}
