@@ -30,7 +30,7 @@ SLOW = """
     that_the_hub_cannot_give_now costs_nothing[403-commit] suffices_where_nothing_is_pushed
     evaluation[SIGHUP] evaluation[SIGINT] while_the_next_one_is_trained the_base_of_the_rotation
     test_a_refusal_without_a_screen test_folders_of_any_name_are_pushed test_a_closed_screen
-    a_folder_of_the_hubs_files test_no_user_and_no_home is_pushed_with_these[reft
+    a_folder_of_the_hubs_files test_no_user_and_no_home test_memory_grows_with is_pushed_with_these[reft
 """.split()
 
 
