@@ -65,7 +65,6 @@ import argparse
 import contextlib
 import copy
 import difflib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -83,6 +82,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import traceback
 import warnings
 from collections import namedtuple
@@ -255,7 +255,7 @@ def load_base_model(base):
 
 # ----- Training: a step is EXAMPLES_PER_STEP examples, in micro-batches that hold little padding
 def train(stage, module, forward, examples, initial_rate):
-    """Train the parameters of `module` that require gradients. Returns the stage's record (new_record).
+    """Train the parameters of `module` that require gradients. Returns the stage's record.
 
     AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED, the
     step's number and the number of steps: a resumed run gives the same result. On a signal: checkpoint, exit.
@@ -640,8 +640,12 @@ def made_with(settings, outcome, **hashes):
 def code_hash(start, end):
     """Hash of this script from the line `start` to the line `end`, without blank lines and comments."""
     text = SOURCE[SOURCE.index(f"\n{start}") : SOURCE.index(f"\n{end}")]
-    lines = [re.sub(r"(^|  )\s*#.*", "", line).rstrip() for line in text.splitlines()]
-    return digest([line for line in lines if line])
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return digest([line.rstrip() for line in lines if line.strip()])
 
 
 @functools.cache
@@ -698,10 +702,8 @@ def report_error(error):
     if isinstance(error, torch.OutOfMemoryError):
         smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
         error = Stop(f"GPU memory is full: set {smaller}, or use a GPU with more memory", 1)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = Stop(
-            f"{error.filename or 'disk'}: {error.strerror}; when that is fixed, the same command continues", 1
-        )
+    if isinstance(error, OSError) and error.filename:  # such as a full disk, or a folder of somebody else
+        error = Stop(f"{error.filename}: {error.strerror}; when that is fixed, the same command continues", 1)
     with contextlib.suppress(OSError, ValueError):  # nobody can read it, but the status counts
         if not isinstance(error, Stop) or os.environ.get("HEFT_TRACEBACK"):
             traceback.print_exception(cause)
@@ -905,14 +907,15 @@ def device_name():
 
 
 def check_memory(forward, examples):
-    """Run the largest possible micro-batch once on a GPU: too little memory shows within seconds."""
+    """Run the largest possible micro-batches once on a GPU: too little memory shows within seconds."""
 
-    def rows(example):  # of a full micro-batch of this length
-        return min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
+    def full_microbatch(example):  # as many copies as fit
+        return [example] * min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
 
     if DEVICE != "cpu":
-        largest = max(examples, key=lambda example: rows(example) * token_count(example))
-        accumulate_gradients(forward, [largest] * rows(largest))
+        accumulate_gradients(forward, full_microbatch(max(examples, key=token_count)))
+        most_tokens = max(map(full_microbatch, examples), key=lambda rows: len(rows) * token_count(rows[0]))
+        accumulate_gradients(forward, most_tokens)
 
 
 # ----- Other models, tokenizers and data: the paper's pass all of these checks
@@ -988,7 +991,7 @@ def check_tokenizer_file(base, prompts):
         written = as_written.encode_batch(prompts, add_special_tokens=False)
         for ids, expected in zip(base.tokenizer(prompts, add_special_tokens=False)["input_ids"], written):
             tokens = base.tokenizer.convert_ids_to_tokens(ids)
-            pieces = [" ".join(words).replace("▁", " ").split() for words in (tokens, expected.tokens)]
+            pieces = [" ".join(words).replace("▁", "").split() for words in (tokens, expected.tokens)]
             stop_if(pieces[0] != pieces[1], f"transformers ignores a part of {file}: use another model")
 
 

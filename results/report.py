@@ -457,6 +457,7 @@ def verdicts(rows, model):
         subject = ". It"
     if {"LoRA 4", "LoReFT 20"} <= set(rows) and (control := compare(rows["LoRA 4"], rows["LoReFT 20"])):
         spread = f"p {control.p}" if control.seeds == 1 else f"{control.low:+.2f} to {control.high:+.2f}"
+        spread += "" if control.same_code else ", by different code"
         text += f". LoRA 4 minus LoReFT 20: {control.points:+.2f} ({spread})"
     return f"{text}."
 

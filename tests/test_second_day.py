@@ -32,7 +32,7 @@ EDITS = {  # (text of the script, what a researcher makes of it)
     "evaluation": ('"Yes" if "Yes" in text else', '"Yes" if "yes" in text.lower() else'),
     "comment": (
         "        optimizer.zero_grad()\n",
-        "        optimizer.zero_grad()  # of the last step\n",
+        "        optimizer.zero_grad() # of the last step\n",
     ),
     "line of comment": (
         "    return record\n\n\ndef accumulate",
