@@ -55,18 +55,17 @@ RESULTS_DIR = "results"    # folder of results and predictions
 ACCEPT_OTHER_CODE = False  # reuse stages, checkpoints and results that other code made; the result says so
 # ---------------------------------------------------------------------------------------------
 # fmt: on
-# Files remember the code that made them. After an edit from main() to the section on evaluation, stages and
-# results of other code are refused; after an edit of that section, only results. Docstrings count, but not
-# comments and the bookkeeping. TAG keeps both, side by side; ACCEPT_OTHER_CODE is for edits that change
-# nothing. A new setting needs a row in the table SETTINGS, below, with the old behaviour as the paper's
-# value.
+# Files remember the code that made them; comments and the bookkeeping do not count, docstrings do. After an
+# edit of main() or of a section before the evaluation, stages and results of other code are refused: TAG
+# keeps old and new side by side. After an edit of the evaluation only results are: RESULTS_DIR keeps both.
+# ACCEPT_OTHER_CODE is for edits that change nothing. A new setting needs a row in the table SETTINGS, below,
+# with the old behaviour as the paper's value.
 
 import argparse
 import contextlib
 import copy
 import difflib
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -88,7 +87,7 @@ import warnings
 from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,7 +116,6 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import binomtest
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 with contextlib.redirect_stdout(None):  # they print an advertisement
@@ -163,8 +161,8 @@ def main():
 
     # Evaluation: greedy answers to the validation questions [4]
     if not run.result:  # else only the upload is left
-        answers, record = generate_answers(model, reft_model, base.tokenizer, questions)
-        run.result = write_result(run, settings, record, questions, answers)
+        generated, record = generate_answers(model, reft_model, base.tokenizer, questions)
+        run.result = write_result(run, settings, record, questions, generated)
 
     # All results are on disk now: what is large, and what may fail, comes last
     print_summary(run)
@@ -238,17 +236,16 @@ def reft_training_examples(tokenizer, rows):
 # ----- The base model
 def load_base_model(base):
     """The causal language model BASE_MODEL in DTYPE on the device; from safetensors only."""
-    if not os.path.isdir(BASE_MODEL):  # the weights join the other files of this commit, in base.folder
-        download(BASE_MODEL, base.folder.name, "*.safetensors")
+    model_folder(
+        base.folder.name, "*.safetensors"
+    )  # of the same commit on the Hub: they join the other files
     # Its own generation_config.json would fill in what generate_answers leaves open.
     options = dict(generation_config=GenerationConfig(), use_safetensors=True, output_loading_info=True)
     options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, config=base.meta_model.config)
     with explained(f"cannot load the model {BASE_MODEL!r}"):
         model, loading = AutoModelForCausalLM.from_pretrained(base.folder, **options)
-    name, advice = f"the model {BASE_MODEL!r}", "check its config.json"
-    missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
-    stop_if(missing, f"{name} lacks weights: {', '.join(missing[:3])}; {advice}")
-    stop_if(unknown, f"{name} has no place for the weights {', '.join(unknown[:3])}; {advice}")
+    wrong = {key: sorted(loading[key])[:3] for key in ("missing_keys", "unexpected_keys") if loading[key]}
+    stop_if(wrong, f"the weights of the model {BASE_MODEL!r} are not those of its config.json: {wrong}")
     model.name_or_path = BASE_MODEL  # PEFT writes it into the adapter: not the path of the Hub's cache
     return model
 
@@ -287,10 +284,17 @@ def train(stage, module, forward, examples, initial_rate):
         optimizer.step()
         record["loss"].append(loss.item())
         log_progress(record, began, "step", step + 1, steps, f"loss {loss:.4f}, rate {rate:.2e}")
-        save_and_stop(record, stage, tensors, optimizer, end_of_epoch=position == steps_per_epoch - 1)
+        stop = stopping.signal  # read once: a signal that comes from now on waits for the next step
+        if stop or position == steps_per_epoch - 1:
+            state = {"tensors": tensors, "optimizer": optimizer.state_dict()}
+            write(stage.folder / "checkpoint.pt", record | state)
+        if stop:
+            break
     stopping.delayed = False
-    if stopping.signal:  # it came after the last step, which has saved a checkpoint
-        on_signal(stopping.signal, None)
+    if stopping.signal:
+        name, done = signal.Signals(stopping.signal).name, len(record["loss"])
+        say(f"stopped by {name} after step {done}; the same command continues")
+        sys.exit(STOP_STATUS[stopping.signal])
     return record
 
 
@@ -370,9 +374,6 @@ def stage_2_loreft(model, stage, examples):
     """A pyreft.ReftModel around `model`: its intervention is read if the stage is finished, else trained."""
     reft_model, intervention = add_intervention(model)
     if not stage.record:
-        adapter = stage.folder / "adapter"  # an intervention is used with the adapter it was trained on
-        if stage.below and stage.below.folder != adapter:
-            copy_stage(stage.below.record, stage.below.folder, adapter)
         examples, forward = prepare_forward(model, reft_model, examples)
         record = train(stage, intervention, forward, examples, LEARNING_RATE_REFT)
         reft_model.set_device("cpu", set_model=False)  # saved from the CPU, the file loads without a GPU
@@ -433,7 +434,7 @@ def generate_answers(model, reft_model, tokenizer, questions):
     """([{"text": the generated text} for each question, in their order], the evaluation's record)."""
     say(f"\nevaluation of {len(questions):,} questions")
     prompts = [row["tokens"] for row in questions]
-    answer_of = {}
+    generated = {}  # by the question's position
     # Greedy: the chat model's own generation_config.json, which load_base_model leaves out, would sample.
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, **ends)
@@ -451,9 +452,9 @@ def generate_answers(model, reft_model, tokenizer, questions):
         else:
             output = model.generate(**rows, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, columns:], skip_special_tokens=True)
-        answer_of.update((i, {"text": text.strip()}) for i, text in zip(group, texts))
-        log_progress(record, began, "micro-batch", number, len(groups), f"{len(answer_of):,} questions")
-    return [answer_of[i] for i in range(len(prompts))], record
+        generated.update((i, {"text": text.strip()}) for i, text in zip(group, texts))
+        log_progress(record, began, "micro-batch", number, len(groups), f"{len(generated):,} questions")
+    return [generated[i] for i in range(len(prompts))], record
 
 
 def predict(text):
@@ -485,23 +486,11 @@ def score(predictions, answers):
 HERE = Path(__file__).resolve().parent
 
 
-Legal = namedtuple("Legal", "convert is_legal words")  # text of a flag to value, test of a value, in words
-
-
-@dataclass
-class Setting:
-    """What the values of a setting may be, what they decide, and how they enter the name of a run."""
-
-    legal: Legal
-    decides: str = ""  # what depends on it: epochs, stages (both), lora, reft, evaluation; "" nothing
-    prefix: str = ""  # of the value in names
-    paper: object = None  # the paper's value, which names leave out
-
-
-def expand(text):
-    """A folder or name with ~ and $VARIABLE replaced; "" if one of them has no value."""
-    text = os.path.expanduser(os.path.expandvars(text.strip()))
-    return "" if text.startswith("~") or "$" in text else text
+# What the values of a setting may be: a function from a flag's text, a test of the value, the same in words.
+Legal = namedtuple("Legal", "convert is_legal words")
+# decides: what depends on it: epochs, stages (both), lora, reft, evaluation, or "" for nothing.
+# prefix: of the value in names of runs, which leave out the paper's value.
+Setting = namedtuple("Setting", "legal decides prefix paper", defaults=("", "", None))
 
 
 # fmt: off
@@ -511,14 +500,14 @@ LENGTH = Legal(int, lambda n: 2 <= n < 2**32, "a whole number from 2")
 SHARE = Legal(float, lambda x: 0 <= x < 1, "from 0 to below 1")
 RATE = Legal(float, lambda x: 0 < x < math.inf, "above 0")
 PRECISION = Legal(str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32")
-PLACE = Legal(expand, len, "a name, not empty, in which each ~ and $VARIABLE has a value")
-# A constant that is edited to None arrives as the text "None".
-LINE = Legal(str, lambda text: text.isprintable() and text != "None", 'one line, "" for none')
+PLACE = Legal(
+    lambda text: os.path.expanduser(os.path.expandvars(text.strip())), re.compile("[^~$][^$]*").fullmatch,
+    "a name, not empty, in which each ~ and $VARIABLE has a value")
+LINE = Legal(str, str.isprintable, 'one line, "" for none')
 WORD = Legal(str, re.compile("[A-Za-z0-9._+]*").fullmatch, 'letters, digits and . _ +, "" for none')
 SWITCH = Legal(bool, None, "True or False")
-# For example, LORA_RANK must be a whole number from 1. It decides stage 1, if the run has one, and all that
-# builds on it. A run with another value than the paper's 8 is called lora3-reft3-lora_rank16, and a folder
-# with files of another rank is refused. Names list the settings in this order: do not reorder.
+# For example, LORA_RANK must be a whole number from 1. It decides stage 1 and all that builds on it. A run
+# with another value than the paper's 8 is called lora3-reft3-lora_rank16. Names have this order: keep it.
 SETTINGS = {
     # name                           legal      decides       prefix in names      paper's value
     "EPOCHS_LORA":           Setting(COUNT,     "epochs",     "lora"),  # always named
@@ -543,14 +532,9 @@ SETTINGS = {
     "MAX_EVAL_SAMPLES":      Setting(COUNT,     "evaluation", "eval",              0),
     "TAG":                   Setting(WORD,      "stages",     "",                  ""),
     "TOKENS_PER_MICROBATCH": Setting(SIZE),  # stated in the result; a checkpoint needs it unchanged
-    "PUSH_TO_HUB":           Setting(SWITCH),
-    "PRIVATE_REPOS":         Setting(SWITCH),
-    "HF_USER":               Setting(LINE),
-    "HF_REPO_LORA":          Setting(LINE),
-    "HF_REPO_REFIT":         Setting(LINE),
-    "OUTPUT_DIR":            Setting(PLACE),
-    "RESULTS_DIR":           Setting(PLACE),
-    "ACCEPT_OTHER_CODE":     Setting(SWITCH),
+    **dict.fromkeys(["PUSH_TO_HUB", "PRIVATE_REPOS", "ACCEPT_OTHER_CODE"], Setting(SWITCH)),
+    **dict.fromkeys(["HF_USER", "HF_REPO_LORA", "HF_REPO_REFIT"], Setting(LINE)),
+    **dict.fromkeys(["OUTPUT_DIR", "RESULTS_DIR"], Setting(PLACE)),
 }
 # What --smoke changes: the same script on the embedded toy, which needs larger steps.
 SMOKE_VALUES = dict(
@@ -566,12 +550,14 @@ def read_settings(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = partial(stop_if, True)
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
+    defaults = globals() | (SMOKE_VALUES if "--smoke" in arguments else {})
     first_screen = SOURCE.partition("\nimport ")[0]
     for name, comment in re.findall(r"^([A-Z0-9_]+) = .*?(?:  # (.*))?$", first_screen, re.M):
         stop_if(name not in SETTINGS, f"{name} has no row in SETTINGS: nothing would notice a change of it")
-        legal, default = SETTINGS[name].legal, globals()[name]
+        legal, default = SETTINGS[name].legal, defaults[name]
+        wrong = default is None or (legal is SWITCH and not isinstance(default, bool))
+        stop_if(wrong, f"{name} must be {legal.words}, not {default!r}")
         if legal is SWITCH:
-            stop_if(not isinstance(default, bool), f"{name} must be True or False, not {default!r}")
             options = dict(action=argparse.BooleanOptionalAction, default=default)
         else:  # the default as text, so that argparse checks an edited constant like a flag
             options = dict(type=partial(legal_value, legal), default=str(default), metavar="X")
@@ -583,9 +569,6 @@ def read_settings(arguments):
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         hint = f"do you mean {near[0]}?" if near else "--help lists the flags"
         raise Stop(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
-    if values.SMOKE:  # then again, with other defaults
-        parser.set_defaults(**SMOKE_VALUES)
-        values = parser.parse_args(arguments)
     return vars(values)
 
 
@@ -598,21 +581,21 @@ def legal_value(legal, text):
     raise argparse.ArgumentTypeError(f"must be {legal.words} (it is {text!r})")
 
 
-def deciding_settings(settings, outcome):
-    """Names of the settings that decide the outcome "lora" (stage 1), "reft" (stage 2) or "run"."""
-    groups = ["stages", "evaluation"] if outcome == "run" else ["stages"]
+def deciding_settings(settings, part):
+    """Names of the settings that decide a part: "lora" (stage 1), "reft" (stage 2) or "run" (the result)."""
+    groups = ["stages", "evaluation"] if part == "run" else ["stages"]
     groups += ["lora"] if settings["EPOCHS_LORA"] else []
-    groups += ["reft"] if settings["EPOCHS_REFT"] and outcome != "lora" else []
-    epochs = ["EPOCHS_LORA"] if outcome == "lora" else ["EPOCHS_LORA", "EPOCHS_REFT"]
+    groups += ["reft"] if settings["EPOCHS_REFT"] and part != "lora" else []
+    epochs = ["EPOCHS_LORA"] if part == "lora" else ["EPOCHS_LORA", "EPOCHS_REFT"]
     return epochs + [name for name, setting in SETTINGS.items() if setting.decides in groups]
 
 
-def name_of(settings, outcome):
+def name_of(settings, part):
     """Such as lora3-reft3-seed7: the epochs, then what differs from the paper (or from the smoke run)."""
     usual = {name: setting.paper for name, setting in SETTINGS.items()}
     usual |= SMOKE_VALUES if settings["SMOKE"] else {}
     words = []
-    for name in deciding_settings(settings, outcome):
+    for name in deciding_settings(settings, part):
         value = settings[name]
         if value != usual[name]:
             text = value if isinstance(value, str) else f"{value:.10g}"
@@ -627,12 +610,13 @@ def shortened(name, limit):
     return name if len(name) <= limit else f"{name[: limit - 17].rstrip('-.')}-{digest(name)}"
 
 
-def made_with(settings, outcome, **hashes):
-    """All that decides an outcome: its settings and, as hashes, its code, model and data. For stage 1:
+def identity(settings, part, **hashes):
+    """All that decides a part: its settings and, as hashes, its code, model and data. For stage 1:
     {"EPOCHS_LORA": 3, "LORA_RANK": 8, ..., "TRAIN_DATA": "5e78...", "CODE_OF_STAGES": "a03c..."}."""
-    names = set(deciding_settings(settings, outcome)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
+    # Of these three the hashes of their contents count, not the names.
+    names = set(deciding_settings(settings, part)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
     hashes["CODE_OF_STAGES"] = code_hash("def main():", "# ----- Evaluation")
-    if outcome == "run":
+    if part == "run":
         hashes["CODE_OF_EVALUATION"] = code_hash("# ----- Evaluation", "# ======")
     return {name: settings[name] for name in SETTINGS if name in names} | hashes
 
@@ -643,12 +627,12 @@ def code_hash(start, end):
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
+            row = token.start[0] - 1
+            lines[row] = lines[row].removesuffix(token.string)
     return digest([line.rstrip() for line in lines if line.strip()])
 
 
-@functools.cache
+@cache
 def script_version():
     """Commit (None outside a git repository, as in a cluster's job) and SHA-256 of this script."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
@@ -698,17 +682,17 @@ def explained(what, status=2):
 
 def report_error(error):
     """Print what ended the program: one line, or the traceback of a bug. Returns the exit status."""
-    cause = error
+    line = str(error) if isinstance(error, Stop) else ""
     if isinstance(error, torch.OutOfMemoryError):
         smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
-        error = Stop(f"GPU memory is full: set {smaller}, or use a GPU with more memory", 1)
+        line = f"GPU memory is full: set {smaller}, or use a GPU with more memory"
     if isinstance(error, OSError) and error.filename:  # such as a full disk, or a folder of somebody else
-        error = Stop(f"{error.filename}: {error.strerror}; when that is fixed, the same command continues", 1)
+        line = f"{error.filename}: {error.strerror}; when that is fixed, the same command continues"
     with contextlib.suppress(OSError, ValueError):  # nobody can read it, but the status counts
-        if not isinstance(error, Stop) or os.environ.get("HEFT_TRACEBACK"):
-            traceback.print_exception(cause)
-        if isinstance(error, Stop):
-            print(f"heft: error: {error}", file=sys.stderr)
+        if not line or os.environ.get("HEFT_TRACEBACK"):
+            traceback.print_exception(error)
+        if line:
+            print(f"heft: error: {line}", file=sys.stderr)
     return getattr(error, "status", 1)
 
 
@@ -729,10 +713,7 @@ def set_up_process():
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if PUSH_TO_HUB or not (os.path.isdir(BASE_MODEL) and os.path.isdir(DATASET)):
         with explained("cannot connect to the Hub: correct or unset SSL_CERT_FILE, SSL_CERT_DIR and *_PROXY"):
-            hooks = huggingface_hub.get_session().event_hooks
-        # huggingface_hub's own client would wait for a stalled Hub for ever. timeout: in seconds.
-        client = partial(httpx2.Client, event_hooks=hooks, follow_redirects=True, timeout=60)
-        huggingface_hub.set_client_factory(client)
+            huggingface_hub.get_session().timeout = 60  # seconds; it would wait for a stalled Hub for ever
 
 
 def say(text):
@@ -748,7 +729,7 @@ stopping = SimpleNamespace(delayed=False, signal=None)
 
 
 def on_signal(number, _frame):
-    """End the program or, while that is delayed, only remember the signal for save_and_stop."""
+    """End the program or, while that is delayed, only remember the signal for `train`."""
     impatient = stopping.signal and number == signal.SIGINT  # a second Ctrl-C
     if stopping.delayed and not impatient:
         stopping.signal = stopping.signal or number
@@ -759,8 +740,9 @@ def on_signal(number, _frame):
 
 
 def log_progress(record, began, unit, done, total, text):
-    """Update the record; print a line after the first step, every 50 (the paper's logging_steps) and the
-    last. began: time.monotonic() when the part began, less the seconds before it was interrupted."""
+    """Update the record; print a line after the first step, every 50 (as in the paper) and the last.
+
+    began: time.monotonic() when the part began, less the seconds before it was interrupted."""
     record["seconds"] = time.monotonic() - began
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -783,7 +765,13 @@ def read_rows(split):
             rows = path.read_bytes().splitlines()
         location = f"{path}, line"
     else:
-        rows = read_hub(split)
+        no_name = f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq"
+        stop_if(DATASET.count("/") != 1, no_name)
+        check_download_locks("datasets", DATASET)
+        with explained(
+            f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"
+        ):
+            rows = datasets.load_dataset(DATASET, split=split).to_list()
         location = f"{DATASET}, {split}, row"
     stop_if(not rows, f"the {split} split of the dataset {DATASET!r} is empty")
     return [checked_row(row, f"{location} {number}") for number, row in enumerate(rows, 1)]
@@ -803,15 +791,6 @@ def checked_row(row, location):
     return row
 
 
-def read_hub(split):
-    """The rows of a split of the Hub's dataset DATASET."""
-    no_name = f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq"
-    stop_if(DATASET.count("/") != 1, no_name)
-    check_download_locks("datasets", DATASET)
-    with explained(f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"):
-        return datasets.load_dataset(DATASET, split=split).to_list()
-
-
 # ----- The base model and the machine, checked before anything takes time
 TOKENIZER_FILES = "tokenizer* *.model special_tokens_map.json added_tokens.json vocab* merges.txt".split()
 
@@ -829,10 +808,7 @@ class BaseModel:
 
 def inspect_base_model():
     """The BaseModel that BASE_MODEL names. Stop if it cannot be loaded, trained, merged or prompted."""
-    if os.path.isdir(BASE_MODEL):
-        folder = Path(BASE_MODEL)
-    else:
-        folder = download(BASE_MODEL, BASE_REVISION or None, ["*.json", "*.model", "*.txt", "*.jinja"])
+    folder = model_folder(BASE_REVISION or None, ["*.json", "*.model", "*.txt", "*.jinja"])
     usable = f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"
     with explained(usable):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -849,10 +825,13 @@ def inspect_base_model():
     choose_padding(tokenizer, meta_model)
     lora_targets = check_lora(meta_model) if EPOCHS_LORA else []
     if EPOCHS_REFT:
-        check_reft(meta_model)
+        kind, last, width = type(meta_model), config.num_hidden_layers - 1, config.hidden_size
+        known = kind in type_to_module_mapping
+        stop_if(not known, f"pyvene does not know {kind.__name__}: use --epochs-reft 0")
+        stop_if(REFT_LAYER > last, f"--reft-layer {REFT_LAYER}: the blocks are 0 to {last}")
+        stop_if(REFT_RANK > width, f"--reft-rank {REFT_RANK}: the width is {width}")
     with explained(usable):
-        content = content_of_model(folder)
-    return BaseModel(folder, content, tokenizer, meta_model, lora_targets)
+        return BaseModel(folder, content_of_model(folder), tokenizer, meta_model, lora_targets)
 
 
 def content_of_model(folder):
@@ -863,18 +842,24 @@ def content_of_model(folder):
         files = huggingface_hub.model_info(BASE_MODEL, revision=folder.name, files_metadata=True).siblings
         files = [file for file in files if file.lfs and re.fullmatch(r"[^/]*\.safetensors", file.rfilename)]
         weights = {file.rfilename: file.lfs.sha256[:16] for file in files}
-    stop_if(not weights, f"{BASE_MODEL!r} holds no weights in safetensors form")
+    stop_if(
+        not weights, f"{BASE_MODEL!r} holds no weights in safetensors form, or, offline, not in the cache"
+    )
     patterns = ["config.json", *TOKENIZER_FILES]
     others = {path.name: digest(path) for pattern in patterns for path in folder.glob(pattern)}
     return digest(sorted((weights | others).items()))
 
 
-def download(name, revision, patterns):
-    """The folder in the Hub's cache with these files of a model, downloaded if they are not there."""
-    check_download_locks("models", name)
+def model_folder(revision, patterns):
+    """BASE_MODEL or, of a model on the Hub, its folder in the cache, with these files of it downloaded."""
+    if os.path.isdir(BASE_MODEL):
+        return Path(BASE_MODEL)
+    check_download_locks("models", BASE_MODEL)
     at = f"at --base-revision {BASE_REVISION}, " if BASE_REVISION else ""
-    with explained(f"cannot use {name!r} {at}as --base-model, the folder or Hub name of a language model"):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    with explained(
+        f"cannot use {BASE_MODEL!r} {at}as --base-model, the folder or Hub name of a language model"
+    ):
+        return Path(huggingface_hub.snapshot_download(BASE_MODEL, revision=revision, allow_patterns=patterns))
 
 
 def check_download_locks(kind, name):
@@ -907,30 +892,26 @@ def device_name():
 
 
 def check_memory(forward, examples):
-    """Run the largest possible micro-batches once on a GPU: too little memory shows within seconds."""
+    """Run the largest possible micro-batch once on a GPU: too little memory shows within seconds."""
 
-    def full_microbatch(example):  # as many copies as fit
-        return [example] * min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
+    def copies(example):  # of it in a micro-batch
+        return min(EXAMPLES_PER_STEP, max(1, TOKENS_PER_MICROBATCH // token_count(example)))
 
     if DEVICE != "cpu":
-        accumulate_gradients(forward, full_microbatch(max(examples, key=token_count)))
-        most_tokens = max(map(full_microbatch, examples), key=lambda rows: len(rows) * token_count(rows[0]))
-        accumulate_gradients(forward, most_tokens)
+        largest = max(examples, key=lambda example: copies(example) * token_count(example))
+        accumulate_gradients(forward, [largest] * copies(largest))
 
 
 # ----- Other models, tokenizers and data: the paper's pass all of these checks
 def check_tokenizer(tokenizer):
-    """Stop if it cannot produce the answers and their end."""
-    name, end = f"the tokenizer of {BASE_MODEL!r}", tokenizer.eos_token
-    stop_if(not end, f"{name} has no end-of-sequence token")
-    ids = tokenizer(f"Yes{end}", add_special_tokens=False)["input_ids"]
-    whole = ids[-1] == tokenizer.eos_token_id
-    stop_if(not whole, f"{name} does not read {end} after a word as that token: see its split_special_tokens")
+    """Stop if it cannot read and write the answers and, as one token, their end."""
+    end = tokenizer.eos_token
+    right = f"followed by one end-of-sequence token, {end}: see its add_eos_token and split_special_tokens"
     for word in ("Yes", "No"):
-        plain = tokenizer(word, add_special_tokens=False)["input_ids"]
-        ended = tokenizer(word)["input_ids"][-len(plain) :] != plain
-        stop_if(ended, f"{name} adds a token at the end of each text: set its add_eos_token to false")
-        stop_if(predict(tokenizer.decode(plain)) != word, f"{name} cannot write {word!r}: use another model")
+        ids = tokenizer(f"{word}{end}")["input_ids"]
+        ended = ids[-1:] == [tokenizer.eos_token_id] != ids[-2:-1]
+        able = ended and predict(tokenizer.decode(ids[:-1])) == word
+        stop_if(not able, f"the tokenizer of {BASE_MODEL!r} cannot read and write {word!r} {right}")
 
 
 def check_lora(meta_model):
@@ -950,15 +931,6 @@ def check_lora(meta_model):
     return targets
 
 
-def check_reft(meta_model):
-    """Stop if LoReFT does not fit the model."""
-    config, kind = meta_model.config, type(meta_model)
-    stop_if(kind not in type_to_module_mapping, f"pyvene does not know {kind.__name__}: use --epochs-reft 0")
-    last = config.num_hidden_layers - 1
-    stop_if(REFT_LAYER > last, f"--reft-layer {REFT_LAYER}: the blocks are 0 to {last}")
-    stop_if(REFT_RANK > config.hidden_size, f"--reft-rank {REFT_RANK}: the width is {config.hidden_size}")
-
-
 def check_data(base, train_rows, examples, questions):
     """Stop if a row is longer than the model allows, or has tokens that the model does not know."""
     texts = [row["tokens"] for row in [*train_rows, *questions]] + [row["input_ids"] for row in examples]
@@ -969,13 +941,10 @@ def check_data(base, train_rows, examples, questions):
     lengths = [len(row["tokens"]) + MAX_NEW_TOKENS for row in questions]
     longest = max(lengths + [token_count(example) for example in examples])
     # Beyond the original length of a stretched model, a row depends on its batch. So it does beyond a sliding
-    # window, which would count the padding between `before` and the last prompt token.
-    config = base.meta_model.config
-    # The names may begin with anything, as in "sliding_window".
-    sizes = "original_max_position_embeddings" + ("|window|window_size" if EPOCHS_REFT else "")
-    limits = re.findall(rf'(?:{sizes})": (\d+)', config.to_json_string(use_diff=False))
-    limits.append(getattr(config, "max_position_embeddings", None) or longest)
-    limit = min(map(int, limits))
+    # window, which would count the padding between `before` and the last prompt token. Their names end so.
+    sizes = "positions|position_embeddings" + ("|window|window_size" if EPOCHS_REFT else "")
+    limits = re.findall(rf'(?:{sizes})": (\d+)', base.meta_model.config.to_json_string(use_diff=False))
+    limit = min(map(int, limits), default=longest)
     remedy = "leave out longer rows, or use another model (or --max-length; with a window, --epochs-reft 0)"
     stop_if(longest > limit, f"{BASE_MODEL!r} takes {limit} tokens, and a row has {longest}: {remedy}")
 
@@ -983,16 +952,16 @@ def check_data(base, train_rows, examples, questions):
 def check_tokenizer_file(base, prompts):
     """Stop if transformers' tokenizer ignores a part of tokenizer.json, with which the model was trained.
     Spaces are not compared: Llama 2's class adds fewer than its file, as the paper's slow tokenizer does."""
+
+    def tokens(tokenizer):
+        rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        return [" ".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", "").split() for ids in rows]
+
     file = base.folder / "tokenizer.json"
     if file.exists():
-        as_written = Tokenizer.from_file(str(file))
-        as_written.no_padding()
-        as_written.no_truncation()
-        written = as_written.encode_batch(prompts, add_special_tokens=False)
-        for ids, expected in zip(base.tokenizer(prompts, add_special_tokens=False)["input_ids"], written):
-            tokens = base.tokenizer.convert_ids_to_tokens(ids)
-            pieces = [" ".join(words).replace("▁", "").split() for words in (tokens, expected.tokens)]
-            stop_if(pieces[0] != pieces[1], f"transformers ignores a part of {file}: use another model")
+        as_written = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+        ignored = tokens(base.tokenizer) != tokens(as_written)
+        stop_if(ignored, f"transformers ignores a part of {file}: use another model")
 
 
 # ----- Stages and their records
@@ -1000,15 +969,11 @@ def check_tokenizer_file(base, prompts):
 # OUTPUT_DIR/lora3-reft3/          stage 2: intkey_*.bin (the intervention), config.json, heft.json
 # OUTPUT_DIR/lora3-reft3/adapter/  a copy of the stage 1 that stage 2 was trained on
 # OUTPUT_DIR/*/heft.json           the stage's record, written last: made_with (all that decides its weights),
-#                                  below (the hash of those it was trained on), files (with hashes), commit,
-#                                  script_sha256, device, versions, loss (per step), seconds, memory
+#                                  below (the hash of those it was trained on), files (with hashes), ...
 # OUTPUT_DIR/*/checkpoint.pt       of an unfinished stage: its record so far, weights and optimizer
 # OUTPUT_DIR/*/lock                locked by the process that trains the stage, for as long as it lives
 # RESULTS_DIR/lora3-reft3.json     the result; .predictions.jsonl is beside it
-FILES = {
-    "lora": ["adapter_model.safetensors", "adapter_config.json"],
-    "reft": ["intkey_*.bin", "config.json"],
-}
+FILES = {"lora": ["adapter_*"], "reft": ["intkey_*.bin", "config.json"]}  # of a stage, beside its record
 
 
 @dataclass
@@ -1044,11 +1009,6 @@ class Run:
         """The stages that the run has."""
         return [stage for stage in (self.lora, self.reft) if stage]
 
-    @property
-    def files(self):
-        """Where its result and its stages are, as text."""
-        return ", ".join(map(str, [self.file, *(stage.folder for stage in self.stages)]))
-
 
 def plan_run(settings, base, train_rows, questions):
     """The Run: its stages, all that decides it, and the folders it uses."""
@@ -1061,22 +1021,26 @@ def plan_run(settings, base, train_rows, questions):
         # The Hub allows names of at most 96 characters, without -- and ..
         repo = repo or shortened(re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_")), 96)
         if PUSH_TO_HUB and "/" not in repo:
-            repo = f"{HF_USER or hub_account()['name']}/{repo}"
-        decided_by = made_with(settings, part, **hashes)
+            with explained("set HF_TOKEN to a valid token, or use --no-push-to-hub"):
+                repo = f"{HF_USER or huggingface_hub.whoami(cache=True)['name']}/{repo}"
+        decided_by = identity(settings, part, **hashes)
         return Stage(part, title, epochs, decided_by, repo, below, Path(OUTPUT_DIR, name))
 
     lora = planned("lora", "stage 1, LoRA", EPOCHS_LORA, HF_REPO_LORA, below=None)
     reft = planned("reft", "stage 2, LoReFT", EPOCHS_REFT, HF_REPO_REFIT, below=lora)
     name = name_of(settings, "run")
-    decided_by = made_with(settings, "run", **hashes, VALIDATION_DATA=digest(questions))
+    decided_by = identity(settings, "run", **hashes, VALIDATION_DATA=digest(questions))
     return Run(name, lora, reft, decided_by, Path(RESULTS_DIR, f"{name}.json"))
 
 
 def find_earlier_work(run):
     """Read the run's result and, if there is something to push, what the Hub has."""
-    run.result = read_made(run.file, run.made_with)
+    run.result = read_checked(run.file, run.made_with)
     if PUSH_TO_HUB:
-        query_hub(run.stages)
+        both = "one Hub repository cannot hold both stages: choose another --hf-repo-refit"
+        stop_if(len({stage.repo for stage in run.stages}) < len(run.stages), both)
+        for stage in run.stages:
+            stage.hub_record = read_hub_record(stage)
 
 
 def already_done(run):
@@ -1102,24 +1066,25 @@ def claim_stages(run):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     if run.reft:
-        claim(run.reft)
-        adapter = run.reft.folder / "adapter"  # if it is there, the stage 1 that stage 2 needs is that copy
+        claim(run.reft)  # first: it brings the stage 1 that it was trained on
+        adapter = run.reft.folder / "adapter"
         if run.lora and (adapter / "heft.json").exists():
             run.lora.folder = adapter
     if run.lora:
         claim(run.lora)
-    lora_hash = weights_hash(run.lora.record if run.lora else None)
-    begun = run.reft and (run.reft.record or run.reft.checkpoint)  # both name the stage 1 below them
-    if begun and begun["below"] != lora_hash:
-        raise Stop(f"{run.reft.folder} was trained on another stage 1, which is missing: move it away")
     for stage in run.stages:
+        begun = stage.record or stage.checkpoint  # both name the stage 1 below them
+        other = begun and begun["below"] != weights_hash(stage.below and stage.below.record)
+        stop_if(other, f"{stage.folder} was trained on another stage 1, which is missing: move it away")
         # A finished result is here only to be pushed, with the weights that it was measured on.
         other = run.result and run.result["weights"][stage.part] != weights_hash(stage.record)
         advice = "move it away to evaluate again, or use --no-push-to-hub"
         stop_if(other, f"{run.file} was not measured on the {stage.title} in {stage.folder}: {advice}")
+    advice = "set HF_TOKEN to one that may, choose another --hf-user, or use --no-push-to-hub"
     for stage in run.stages:
-        if PUSH_TO_HUB and not stage.hub_record:
-            create_repo(stage)  # a missing right shows now, not after hours
+        if PUSH_TO_HUB and not stage.hub_record:  # a missing right shows now, not after hours
+            with explained(f"the token may not write {stage.repo}: {advice}"):
+                huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
 
 
 def claim(stage):
@@ -1138,21 +1103,15 @@ def claim(stage):
 
 def read_stage(stage):
     """Set the stage's record or, if unfinished, its checkpoint. Stop if they are not what is planned."""
-    stage.record = read_made(stage.folder / "heft.json", stage.made_with)
+    stage.record = read_checked(stage.folder / "heft.json", stage.made_with)
     if stage.record:
-        changed = hashes_of(stage.folder, stage.record["files"]) != stage.record["files"]
-        advice = "are not what heft.json there describes: move them away"
-        stop_if(changed, f"the files in {stage.folder} {advice}")
-        return
-    file = stage.folder / "checkpoint.pt"
-    stage.checkpoint = read_made(file, stage.made_with)
-    if stage.checkpoint:
-        size = stage.checkpoint["tokens_per_microbatch"]
-        other = f"{file} was made with tokens_per_microbatch {size}, not {TOKENS_PER_MICROBATCH}: use that"
-        stop_if(size != TOKENS_PER_MICROBATCH, other)
+        check_files(stage.folder, stage.record)
+    else:  # it continues with its own micro-batches, as they decide which dropout masks are drawn
+        begun = stage.made_with | {"TOKENS_PER_MICROBATCH": TOKENS_PER_MICROBATCH}
+        stage.checkpoint = read_checked(stage.folder / "checkpoint.pt", begun)
 
 
-def read_made(file, expected, name=None):
+def read_checked(file, expected, name=None):
     """The record, checkpoint or result in `file`; None if there is none. Stop if it is damaged, or made with
     other settings, code, model or data than `expected`. name: what messages call it."""
     if not os.path.exists(file):
@@ -1163,18 +1122,18 @@ def read_made(file, expected, name=None):
         content = torch.load(data, "cpu") if file.suffix == ".pt" else json.load(data)
         # What a file does not name was no setting yet, and as in the paper.
         found = {key: setting.paper for key, setting in SETTINGS.items()} | content["made_with"]
+        found["TOKENS_PER_MICROBATCH"] = content.get("tokens_per_microbatch")  # of a checkpoint
         made_by = version_text(content)
     differing = [key for key, value in expected.items() if found.get(key) != value]
-    values = [key for key in differing if "CODE" not in key]
+    values = [key for key in differing if not key.startswith("CODE_OF")]
     values = "; ".join(f"{key.lower()} {found.get(key)!r}, not {expected[key]!r}" for key in values)
     advice = "use those, move it away, or choose another --output-dir, --results-dir or repository"
     stop_if(values, f"{name} was made with {values}: {advice}")
     if differing:
         code = f"{name} was made by other code, {made_by}; this is {version_text(script_version())}"
+        ways = "to evaluate again, move it away or choose another --results-dir"
         if "CODE_OF_STAGES" in differing:
             ways = "to keep both, use --tag WORD, or another --output-dir and --results-dir (or repository)"
-        else:
-            ways = "to evaluate again, move it away or choose another --results-dir"
         accept = "to use it all the same, add --accept-other-code; or go back to that version"
         stop_if(not ACCEPT_OTHER_CODE, f"{code}: {ways}; {accept}")
         content["other_code"] = made_by
@@ -1187,17 +1146,16 @@ def new_record():
         torch.cuda.reset_peak_memory_stats()
     packages = "transformers peft pyreft pyvene accelerate datasets huggingface_hub".split()
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}  # +cpu or +cu128
-    return script_version() | {
-        "device": device_name(),
-        "versions": versions | {name: version(name) for name in packages},
-        "tokens_per_microbatch": TOKENS_PER_MICROBATCH,
-        "seconds": 0.0,
-        "peak_memory_gb": 0.0,
-    }
+    versions |= {name: version(name) for name in packages}
+    record = dict(device=device_name(), versions=versions, tokens_per_microbatch=TOKENS_PER_MICROBATCH)
+    return script_version() | record | dict(seconds=0.0, peak_memory_gb=0.0)
 
 
 def resume(stage, tensors, optimizer):
     """A new record, or that in the stage's checkpoint, after its state is restored."""
+    adapter = stage.folder / "adapter"  # stage 2 keeps the stage 1 that it is trained on
+    if stage.below and stage.below.folder != adapter:
+        copy_stage(stage.below.record, stage.below.folder, adapter)
     new, record = new_record(), stage.checkpoint
     planned = {"made_with": stage.made_with, "below": weights_hash(stage.below and stage.below.record)}
     if not record:
@@ -1209,21 +1167,9 @@ def resume(stage, tensors, optimizer):
     for key in ("commit", "script_sha256", "device", "versions"):
         if new[key] != record[key]:
             record.setdefault("resumed_with", {})[key] = new[key]
-    if "other_code" in record:  # that of the version that began it; commit and script_sha256 become ours
+    if "other_code" in record:  # it names the version that began the stage; the one that ends it is ours
         planned |= script_version()
     return record | planned
-
-
-def save_and_stop(record, stage, tensors, optimizer, end_of_epoch):
-    """Save a checkpoint at the end of an epoch, and after a signal, which then ends the program."""
-    stop = stopping.signal  # read once: a signal that comes from now on waits for the next step
-    if stop or end_of_epoch:
-        state = {"tensors": tensors, "optimizer": optimizer.state_dict()}
-        write(stage.folder / "checkpoint.pt", record | state)
-    if stop:
-        name, step = signal.Signals(stop).name, len(record["loss"])
-        say(f"stopped by {name} after step {step}; the same command continues")
-        sys.exit(STOP_STATUS[stop])
 
 
 def finish(stage, record, save_weights):
@@ -1231,19 +1177,18 @@ def finish(stage, record, save_weights):
     with explained(f"cannot write to {stage.folder}: is the disk full?", status=1):
         save_weights(stage.folder)
     (stage.folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty model card
-    names = [path.name for pattern in FILES[stage.part] for path in stage.folder.glob(pattern)]
-    stage.record = record | {"files": hashes_of(stage.folder, names)}
+    files = {path.name: digest(path) for pattern in FILES[stage.part] for path in stage.folder.glob(pattern)}
+    stage.record = record | {"files": files}
     write(stage.folder / "heft.json", json.dumps(stage.record))
     (stage.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def copy_stage(record, source, target):
-    """Copy a finished stage. Stop if the copy is not what the record describes; heft.json comes last."""
+    """Copy a finished stage; heft.json comes last. Stop if its files are not what the record describes."""
     target.mkdir(parents=True, exist_ok=True)
     for name in record["files"]:
         shutil.copy(source / name, target)
-    changed = hashes_of(target, record["files"]) != record["files"]
-    stop_if(changed, f"the files in {source} have changed since they were trained: move them away")
+    check_files(source, record)
     write(target / "heft.json", json.dumps(record))
 
 
@@ -1253,9 +1198,11 @@ def weights_hash(record):
     return "+".join(files[name] for name in files if not name.endswith(".json")) or None
 
 
-def hashes_of(folder, names):
-    """{name: hash} of files in a folder; None for one that is missing."""
-    return {name: digest(folder / name) if (folder / name).exists() else None for name in names}
+def check_files(folder, record):
+    """Stop if the files of a finished stage in `folder` are not those of its record."""
+    found = {name: digest(folder / name) for name in record["files"] if (folder / name).exists()}
+    changed = f"the files in {folder} have changed since they were trained: move them away"
+    stop_if(found != record["files"], changed)
 
 
 def lock(path, message, kind=fcntl.LOCK_EX):
@@ -1270,12 +1217,12 @@ def lock(path, message, kind=fcntl.LOCK_EX):
     return file
 
 
-def digest(content, digits=16):
-    """The first digits of the SHA-256 of a file (a Path), or of anything else as JSON."""
+def digest(content):
+    """The first 16 digits of the SHA-256 of a file (a Path), or of anything else as JSON."""
     if isinstance(content, Path):
         with content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:digits]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:digits]
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def write(path, content):
@@ -1295,48 +1242,18 @@ def write(path, content):
 # ----- The Hub: queried at the start, where errors show early; filled at the end, when everything is on disk
 # YOU/heft-lora3        stage 1: heft.json, the merged model and its tokenizer; adapter/ as in OUTPUT_DIR
 # YOU/heft-lora3-reft3  stage 2: its files, adapter/ and heft.json, as in OUTPUT_DIR
-@functools.cache
-def hub_account():
-    """The account of the token, as whoami gives it. Stop if there is no valid token."""
-    advice = "set HF_TOKEN to a valid token, or use --no-push-to-hub"
-    stop_if(not huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
-    with explained(f"the Hub does not accept the token: {advice}"):
-        return huggingface_hub.whoami()
-
-
-def query_hub(stages):
-    """Set `hub_record` of the stages. Stop if a repository holds something else."""
-    repos = [stage.repo for stage in stages]
-    both = f"{' and '.join(repos)}: one repository cannot hold both stages; choose another --hf-repo-refit"
-    stop_if(len(set(repos)) < len(repos), both)
-    for stage in stages:
-        stage.hub_record = read_hub_record(stage)
-
-
-def create_repo(stage):
-    """Create the stage's repository, unless it is there. Stop if the token may not."""
-    role = hub_account().get("auth", {}).get("accessToken", {}).get("role")
-    advice = "set HF_TOKEN to one that may, choose another --hf-user, or use --no-push-to-hub"
-    refused = f"the token may not write {stage.repo}: {advice}"
-    stop_if(role == "read", refused)
-    with explained(refused):
-        huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
-
-
 def read_hub_record(stage):
     """The record in the stage's repository; None if that is missing or empty. Stop if it has other files."""
     advice = "choose another, or use --no-push-to-hub"
-    with explained(f"cannot use the Hub repository {stage.repo}: {advice}"):
-        try:
+    repo, files = f"the Hub repository {stage.repo}", set()
+    with explained(f"cannot use {repo}: {advice}"):
+        with contextlib.suppress(RepositoryNotFoundError):
             files = set(huggingface_hub.list_repo_files(stage.repo)) - {".gitattributes"}
-        except RepositoryNotFoundError:
-            return None
         if not files:
             return None
-        foreign = f"the Hub repository {stage.repo} holds something else: {advice}, or empty it"
-        stop_if("heft.json" not in files, foreign)
+        stop_if("heft.json" not in files, f"{repo} holds something else: {advice}, or empty it")
         file = huggingface_hub.hf_hub_download(stage.repo, "heft.json")
-    return read_made(Path(file), stage.made_with, f"the Hub repository {stage.repo}")
+    return read_checked(Path(file), stage.made_with, repo)
 
 
 def copy_from_hub(stage):
@@ -1397,26 +1314,23 @@ def model_card(stage, run):
     model, data = (None if os.path.isdir(name) else name for name in (BASE_MODEL, DATASET))
     licence = "llama2" if "llama-2" in BASE_MODEL.lower() else "other"
     about = huggingface_hub.ModelCardData(base_model=model, datasets=data, license=licence)
-    made = "made by the reference reproduction of HEFT (arXiv 2509.09801), whose README shows how to use it"
-    text = f"{stage.title} of the run {run.name}, {made}. Result of the whole run: {summary(run.result)}"
-    return f"---\n{about.to_yaml()}\n---\n{text}\n"
+    made = f"{stage.title} of the run {run.name}, by the reference reproduction of HEFT (arXiv 2509.09801)."
+    return f"---\n{about.to_yaml()}\n---\n{made} Result of the whole run: {summary(run.result)}\n"
 
 
 # ----- The screen and the result
 def print_plan(run, base, train_rows, reft_examples, questions):
     """Print what is going to be done, and with what, before it takes time."""
-    rows = [f"{len(train_rows):,} examples"] if run.stages else []
-    if run.reft and len(reft_examples) < len(train_rows):
-        rows += [f"{len(reft_examples):,} of them in stage 2"]
     say(f"run      {run.name} on {device_name()}; {version_text(script_version())}")
     say(f"model    {BASE_MODEL}, {base.meta_model.num_parameters():,} parameters in {DTYPE}")
-    say(f"data     {DATASET}: {', '.join([*rows, f'{len(questions):,} questions'])}; seed {SEED}")
+    say(f"data     {DATASET}: {len(questions):,} questions; seed {SEED}")
     if run.lora:
-        layers = f"rank {LORA_RANK} on {', '.join(base.lora_targets)}"
-        say(f"stage 1  LoRA, {EPOCHS_LORA} epochs, rate {LEARNING_RATE_LORA:g}, {layers}")
+        epochs = f"{EPOCHS_LORA} epochs of {len(train_rows):,} examples, rate {LEARNING_RATE_LORA:g}"
+        say(f"stage 1  LoRA, {epochs}, rank {LORA_RANK} on {', '.join(base.lora_targets)}")
     if run.reft:
-        say(f"stage 2  LoReFT, {EPOCHS_REFT} epochs, rate {LEARNING_RATE_REFT:g}, block {REFT_LAYER}")
-    say(f"files    {run.files}")
+        epochs = f"{EPOCHS_REFT} epochs of {len(reft_examples):,} examples, rate {LEARNING_RATE_REFT:g}"
+        say(f"stage 2  LoReFT, {epochs}, block {REFT_LAYER}")
+    say(f"files    {', '.join(map(str, [run.file, *(stage.folder for stage in run.stages)]))}")
     repos = [stage.repo for stage in run.stages if PUSH_TO_HUB]
     say(f"uploads  {' and '.join(repos) or 'none'}{' (private, if new)' if repos and PRIVATE_REPOS else ''}")
 
@@ -1433,31 +1347,25 @@ def summary(result):
     return text
 
 
-RECORDED = "device peak_memory_gb tokens_per_microbatch versions resumed_with other_code".split()
+RECORDED = "weights seconds loss device peak_memory_gb tokens_per_microbatch versions resumed_with other_code"
 
 
-def write_result(run, settings, evaluation, questions, answers):
+def write_result(run, settings, evaluation, questions, generated):
     """Write the result and the predictions of the run. Returns the result, the paper's five keys first.
 
-    evaluation, answers: as generate_answers returns them; the predictions get all that answers hold."""
+    evaluation, generated: from generate_answers; all that `generated` holds enters the predictions."""
     rows = [{key: row[key] for key in ("question", "answer")} for row in questions]
-    rows = [row | {"prediction": predict(found["text"])} | found for row, found in zip(rows, answers)]
-    records = {stage.part: stage.record for stage in run.stages}
-    skipped = {"seconds": 0.0, "loss": []}  # a stage that the run does not have
-    lora, reft = records.get("lora", skipped), records.get("reft", skipped)
-    seconds = {"lora": lora["seconds"], "reft": reft["seconds"], "evaluation": evaluation["seconds"]}
-    result = score([row["prediction"] for row in rows], [row["answer"] for row in rows]) | script_version()
-    result |= {
-        "settings": settings,
-        "made_with": run.made_with,
-        "weights": {part: weights_hash(records.get(part)) for part in ("lora", "reft")},
-        "seconds": seconds | {"total": sum(seconds.values())},
-        "loss": {"lora": lora["loss"], "reft": reft["loss"]},
-    }
+    rows = [row | {"prediction": predict(new["text"])} | new for row, new in zip(rows, generated)]
+    records = dict.fromkeys(["lora", "reft"], {"weights": None, "seconds": 0.0, "loss": []})  # 0 epochs
+    for stage in run.stages:
+        records[stage.part] = stage.record | {"weights": weights_hash(stage.record)}
     records["evaluation"] = evaluation
-    for key in RECORDED:
-        found = {part: record[key] for part, record in records.items() if key in record}
-        result |= {key: found} if found else {}
+    result = score([row["prediction"] for row in rows], [row["answer"] for row in rows]) | script_version()
+    result |= {"settings": settings, "made_with": run.made_with}
+    for key in RECORDED.split():
+        values = {part: record[key] for part, record in records.items() if key in record}
+        result |= {key: values} if values else {}
+    result["seconds"]["total"] = sum(result["seconds"].values())
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write(run.file.with_suffix(".predictions.jsonl"), "".join(lines))
     write(run.file, json.dumps(result, indent=1) + "\n")  # last: the run is finished
@@ -1465,14 +1373,13 @@ def write_result(run, settings, evaluation, questions, answers):
 
 
 def print_summary(run):
-    """Print what was done, the result, the time, the files, and how to compare it."""
-    trained = " + ".join(f"{stage.title.split(', ')[1]} {stage.epochs} epochs" for stage in run.stages)
+    """Print the result, its time and memory, its file, and how to compare it."""
     seconds = ", ".join(f"{part} {value:.1f}" for part, value in run.result["seconds"].items())
-    say(f"\n{run.name}: {trained or 'the base model, untrained'}\n{summary(run.result)}")
+    say(f"\n{run.name}: {summary(run.result)}")
     if run.name in PAPER_ACCURACY and not SMOKE:
         say(f"paper    {PAPER_ACCURACY[run.name]:.2f}%")
     say(f"seconds  {seconds}; peak memory {max(run.result['peak_memory_gb'].values()):.1f} GB")
-    say(f"files    {run.files}")
+    say(f"result   {run.file}")
     python = min(sys.executable, os.path.relpath(sys.executable), key=len)
     say(f"compare  {python} {os.path.relpath(HERE / 'results/report.py')} {run.file} ANOTHER.json")
 

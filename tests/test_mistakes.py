@@ -547,7 +547,13 @@ REFUSED = {  # what is wrong: how the given files are spoilt; flags; what the li
         "tokenizer.json",
         "use another model",
     ),
-    "weights without the output layer": (drop_weights("lm_head"), "", "lacks weights", "lm_head.weight"),
+    "weights without the output layer": (
+        drop_weights("lm_head"),
+        "",
+        "are not those",
+        "missing",
+        "lm_head.weight",
+    ),
     "no EOS": (edit_json("model/tokenizer_config.json", eos_token=None), "", "end-of-sequence"),
     "no tokenizer": (delete("model/token*"), "", "given/model"),
     "no weights": (delete("model/model.safetensors"), "", "safetensors"),
@@ -565,23 +571,23 @@ REFUSED = {  # what is wrong: how the given files are spoilt; flags; what the li
     "weights of more layers": (
         config(num_hidden_layers=3, layer_types=None),
         "",
-        "no place",
+        "unexpected",
         "model.layers.3.",
         "config.json",
     ),
     "attention biases that the configuration forgets": (
         add_weights(model__layers__0__self_attn__q_proj__bias=32),
         EVALUATE,
-        "no place",
+        "unexpected",
         "model.layers.0.self_attn.q_proj.bias",
     ),
     "scales of fp8 weights": (
         add_weights(model__layers__1__mlp__up_proj__weight_scale=1),
         "--epochs-reft 0",
-        "no place",
+        "unexpected",
         "model.layers.1.mlp.up_proj.weight_scale",
     ),
-    "weights of fewer layers": (config(num_hidden_layers=6, layer_types=None), "", "lacks weights"),
+    "weights of fewer layers": (config(num_hidden_layers=6, layer_types=None), "", "missing", "layers.4."),
     "weights of another width": (config(hidden_size=64), "", "given/model"),
     "no such model": (None, "--base-model nobody/nothing", "nobody/nothing"),
     "no such folder": (None, "--base-model ./model", "./model"),
@@ -917,7 +923,7 @@ def uploaded(given, monkeypatch):
     """The folder that receives what --push-to-hub uploads, by stand-ins for huggingface_hub's functions."""
     folder, account = given.parent / "uploaded", {"name": "me", "auth": {"accessToken": {"role": "write"}}}
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    monkeypatch.setattr(huggingface_hub, "whoami", lambda: account)
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda cache: account)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: [])
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_, **__: None)
     monkeypatch.setattr(

@@ -31,7 +31,7 @@ def test_the_program_gives_the_runs_own_answer(tmp_path):
     (tmp_path / "google/boolq/validation.jsonl").write_text(json.dumps(asked | {"answer": True}))
     process = start(tmp_path, ["--no-push-to-hub"])
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "\nlora3-reft3: LoRA 3 epochs + LoReFT 3 epochs\n" in out, out + err
+    assert process.returncode == 0 and "\nlora3-reft3: accuracy " in out, out + err
     (program,) = re.findall(r"```python\n(.*?)```", README, re.S)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", program]
