@@ -127,13 +127,14 @@ IGNORE = -100  # label of a token without loss, as in torch
 
 
 def main():
-    """The experiment, in the order of the paper's sections [in brackets]."""
+    """The experiment. In [brackets] the paper's sections."""
     settings = read_settings(sys.argv[1:])
     globals().update(settings)  # from here on the constants, and SMOKE, are what the flags say
     set_up_process()
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage learns from them [4.1]
     base = inspect_base_model()
+    choose_padding(base.tokenizer, base.meta_model)
     train_rows = load_boolq("train", base.tokenizer) if EPOCHS_LORA or EPOCHS_REFT else []
     questions = load_boolq("validation", base.tokenizer)
     lora_examples = lora_training_examples(base.tokenizer, train_rows) if EPOCHS_LORA else []
@@ -147,9 +148,12 @@ def main():
     find_earlier_work(run)
     if already_done(run):
         return
-    claim_stages(run)
+    read_or_lock_stages(run)
+    if PUSH_TO_HUB:
+        create_repos(run.stages)
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
+    # (A stage that is finished is read, not trained.)
     model = load_base_model(base)
     if EPOCHS_LORA:
         model = stage_1_lora(model, run.lora, lora_examples)
@@ -216,7 +220,7 @@ def lora_training_examples(tokenizer, rows):
 
 def reft_training_examples(tokenizer, rows):
     """What LoReFT learns from, as lists: input_ids (the last prompt token, the answer, EOS), labels, and
-    before (the prompt tokens before the last) with a before_mask of ones."""
+    before (the prompt tokens before the last) with a before_mask of ones (see prepare_forward)."""
     examples = []
     for row in rows:
         # The paper's stage 2 has no space before the answer.
@@ -236,9 +240,7 @@ def reft_training_examples(tokenizer, rows):
 # ----- The base model
 def load_base_model(base):
     """The causal language model BASE_MODEL in DTYPE on the device; from safetensors only."""
-    model_folder(
-        base.folder.name, "*.safetensors"
-    )  # of the same commit on the Hub: they join the other files
+    fetch_model(base.folder.name, "*.safetensors")  # the folder of a model on the Hub is named by its commit
     # Its own generation_config.json would fill in what generate_answers leaves open.
     options = dict(generation_config=GenerationConfig(), use_safetensors=True, output_loading_info=True)
     options |= dict(dtype=getattr(torch, DTYPE), device_map=DEVICE, config=base.meta_model.config)
@@ -263,7 +265,7 @@ def train(stage, module, forward, examples, initial_rate):
     steps = steps_per_epoch * stage.epochs
     say(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
     tensors = [*parameters, *module.buffers()]  # all that training changes: LoReFT's R has a buffer, too
-    record = resume(stage, tensors, optimizer)
+    record = resume(stage, tensors, optimizer)  # its list "loss" has one for each finished step
     check_memory(forward, examples)
     began = time.monotonic() - record["seconds"]
     stopping.delayed = True
@@ -290,7 +292,7 @@ def train(stage, module, forward, examples, initial_rate):
             write(stage.folder / "checkpoint.pt", record | state)
         if stop:
             break
-    stopping.delayed = False
+    stopping.delayed = bool(stopping.signal)  # a second one changes nothing now, unless it is Ctrl-C
     if stopping.signal:
         name, done = signal.Signals(stopping.signal).name, len(record["loss"])
         say(f"stopped by {name} after step {done}; the same command continues")
@@ -349,11 +351,10 @@ def microbatches(lengths, max_tokens):
 
 # ----- Stage 1: LoRA (paper, section 3.2)
 def lora_config():
-    """LoRA's configuration; PEFT's default targets unless LORA_TARGETS names others."""
-    if LORA_TARGETS in ("", "all-linear"):  # PEFT's default for the model; PEFT's keyword
-        targets = LORA_TARGETS or None
-    else:
-        targets = LORA_TARGETS.replace(",", " ").split()
+    """PEFT's configuration of LoRA; its default targets unless LORA_TARGETS names others."""
+    targets = LORA_TARGETS.replace(",", " ").split() if LORA_TARGETS else None
+    if targets == ["all-linear"]:
+        targets = "all-linear"  # PEFT's keyword
     sizes = dict(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT)
     return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **sizes)
 
@@ -486,10 +487,10 @@ def score(predictions, answers):
 HERE = Path(__file__).resolve().parent
 
 
-# What the values of a setting may be: a function from a flag's text, a test of the value, the same in words.
-Legal = namedtuple("Legal", "convert is_legal words")
-# decides: what depends on it: epochs, stages (both), lora, reft, evaluation, or "" for nothing.
-# prefix: of the value in names of runs, which leave out the paper's value.
+# For example, LORA_RANK must be a whole number from 1. It decides stage 1 and all that builds on it. A run
+# with another value than the paper's 8 is called lora3-reft3-lora_rank16. Names have the order of the table.
+Legal = namedtuple("Legal", "convert is_legal words")  # text to value, test, test in words
+# decides: what depends on it: epochs, stages (both), lora, reft, evaluation, or "" for nothing
 Setting = namedtuple("Setting", "legal decides prefix paper", defaults=("", "", None))
 
 
@@ -502,12 +503,10 @@ RATE = Legal(float, lambda x: 0 < x < math.inf, "above 0")
 PRECISION = Legal(str, lambda text: text in ("bfloat16", "float32"), "bfloat16 or float32")
 PLACE = Legal(
     lambda text: os.path.expanduser(os.path.expandvars(text.strip())), re.compile("[^~$][^$]*").fullmatch,
-    "a name, not empty, in which each ~ and $VARIABLE has a value")
-LINE = Legal(str, str.isprintable, 'one line, "" for none')
+    "a name, not empty, in which each ~ and $VARIABLE has a value")  # one without a value is left as it is
+LINE = Legal(str, lambda text: text.isprintable() and text != "None", 'one line, "" for none')
 WORD = Legal(str, re.compile("[A-Za-z0-9._+]*").fullmatch, 'letters, digits and . _ +, "" for none')
 SWITCH = Legal(bool, None, "True or False")
-# For example, LORA_RANK must be a whole number from 1. It decides stage 1 and all that builds on it. A run
-# with another value than the paper's 8 is called lora3-reft3-lora_rank16. Names have this order: keep it.
 SETTINGS = {
     # name                           legal      decides       prefix in names      paper's value
     "EPOCHS_LORA":           Setting(COUNT,     "epochs",     "lora"),  # always named
@@ -551,7 +550,7 @@ def read_settings(arguments):
     parser.error = partial(stop_if, True)
     parser.add_argument("--smoke", dest="SMOKE", action="store_true", help="the embedded toy, CPU, no Hub")
     defaults = globals() | (SMOKE_VALUES if "--smoke" in arguments else {})
-    first_screen = SOURCE.partition("\nimport ")[0]
+    first_screen = SOURCE.partition("\nimport ")[0]  # a constant's comment is the help of its flag
     for name, comment in re.findall(r"^([A-Z0-9_]+) = .*?(?:  # (.*))?$", first_screen, re.M):
         stop_if(name not in SETTINGS, f"{name} has no row in SETTINGS: nothing would notice a change of it")
         legal, default = SETTINGS[name].legal, defaults[name]
@@ -613,7 +612,7 @@ def shortened(name, limit):
 def identity(settings, part, **hashes):
     """All that decides a part: its settings and, as hashes, its code, model and data. For stage 1:
     {"EPOCHS_LORA": 3, "LORA_RANK": 8, ..., "TRAIN_DATA": "5e78...", "CODE_OF_STAGES": "a03c..."}."""
-    # Of these three the hashes of their contents count, not the names.
+    # The names of the next three do not count: the hashes of their contents do.
     names = set(deciding_settings(settings, part)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
     hashes["CODE_OF_STAGES"] = code_hash("def main():", "# ----- Evaluation")
     if part == "run":
@@ -713,7 +712,10 @@ def set_up_process():
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if PUSH_TO_HUB or not (os.path.isdir(BASE_MODEL) and os.path.isdir(DATASET)):
         with explained("cannot connect to the Hub: correct or unset SSL_CERT_FILE, SSL_CERT_DIR and *_PROXY"):
-            huggingface_hub.get_session().timeout = 60  # seconds; it would wait for a stalled Hub for ever
+            hooks = huggingface_hub.get_session().event_hooks
+        # huggingface_hub's own client would wait for a stalled Hub for ever. timeout: in seconds.
+        client = partial(httpx2.Client, event_hooks=hooks, follow_redirects=True, timeout=60)
+        huggingface_hub.set_client_factory(client)
 
 
 def say(text):
@@ -768,9 +770,7 @@ def read_rows(split):
         no_name = f"--dataset {DATASET!r} is neither a folder nor a Hub name such as google/boolq"
         stop_if(DATASET.count("/") != 1, no_name)
         check_download_locks("datasets", DATASET)
-        with explained(
-            f"cannot read the {split} split of {DATASET!r}, which is no folder here, from the Hub"
-        ):
+        with explained(f"cannot read the {split} split of {DATASET!r}, no folder here, from the Hub"):
             rows = datasets.load_dataset(DATASET, split=split).to_list()
         location = f"{DATASET}, {split}, row"
     stop_if(not rows, f"the {split} split of the dataset {DATASET!r} is empty")
@@ -808,7 +808,7 @@ class BaseModel:
 
 def inspect_base_model():
     """The BaseModel that BASE_MODEL names. Stop if it cannot be loaded, trained, merged or prompted."""
-    folder = model_folder(BASE_REVISION or None, ["*.json", "*.model", "*.txt", "*.jinja"])
+    folder = fetch_model(BASE_REVISION or None, ["*.json", "*.model", "*.txt", "*.jinja"])
     usable = f"cannot use {BASE_MODEL!r} as --base-model, the folder or Hub name of a language model"
     with explained(usable):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -822,7 +822,6 @@ def inspect_base_model():
         config.pad_token_id = None  # torch refuses one without a row in the embedding
     with explained(usable), torch.device("meta"):
         meta_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPE))
-    choose_padding(tokenizer, meta_model)
     lora_targets = check_lora(meta_model) if EPOCHS_LORA else []
     if EPOCHS_REFT:
         kind, last, width = type(meta_model), config.num_hidden_layers - 1, config.hidden_size
@@ -842,23 +841,19 @@ def content_of_model(folder):
         files = huggingface_hub.model_info(BASE_MODEL, revision=folder.name, files_metadata=True).siblings
         files = [file for file in files if file.lfs and re.fullmatch(r"[^/]*\.safetensors", file.rfilename)]
         weights = {file.rfilename: file.lfs.sha256[:16] for file in files}
-    stop_if(
-        not weights, f"{BASE_MODEL!r} holds no weights in safetensors form, or, offline, not in the cache"
-    )
+    stop_if(not weights, f"{BASE_MODEL!r} holds no weights in safetensors form")
     patterns = ["config.json", *TOKENIZER_FILES]
     others = {path.name: digest(path) for pattern in patterns for path in folder.glob(pattern)}
     return digest(sorted((weights | others).items()))
 
 
-def model_folder(revision, patterns):
-    """BASE_MODEL or, of a model on the Hub, its folder in the cache, with these files of it downloaded."""
+def fetch_model(revision, patterns):
+    """The folder of BASE_MODEL: of a model on the Hub that in the cache, with these files downloaded."""
     if os.path.isdir(BASE_MODEL):
         return Path(BASE_MODEL)
     check_download_locks("models", BASE_MODEL)
-    at = f"at --base-revision {BASE_REVISION}, " if BASE_REVISION else ""
-    with explained(
-        f"cannot use {BASE_MODEL!r} {at}as --base-model, the folder or Hub name of a language model"
-    ):
+    name = f"{BASE_MODEL!r} at --base-revision {BASE_REVISION}," if BASE_REVISION else repr(BASE_MODEL)
+    with explained(f"cannot use {name} as --base-model, the folder or Hub name of a language model"):
         return Path(huggingface_hub.snapshot_download(BASE_MODEL, revision=revision, allow_patterns=patterns))
 
 
@@ -908,9 +903,9 @@ def check_tokenizer(tokenizer):
     end = tokenizer.eos_token
     right = f"followed by one end-of-sequence token, {end}: see its add_eos_token and split_special_tokens"
     for word in ("Yes", "No"):
-        ids = tokenizer(f"{word}{end}")["input_ids"]
-        ended = ids[-1:] == [tokenizer.eos_token_id] != ids[-2:-1]
-        able = ended and predict(tokenizer.decode(ids[:-1])) == word
+        plain, ended = tokenizer([word, f"{word}{end}"])["input_ids"]
+        one_end = ended == [*plain, tokenizer.eos_token_id] and plain[-1:] != ended[-1:]
+        able = one_end and predict(tokenizer.decode(plain)) == word
         stop_if(not able, f"the tokenizer of {BASE_MODEL!r} cannot read and write {word!r} {right}")
 
 
@@ -941,10 +936,11 @@ def check_data(base, train_rows, examples, questions):
     lengths = [len(row["tokens"]) + MAX_NEW_TOKENS for row in questions]
     longest = max(lengths + [token_count(example) for example in examples])
     # Beyond the original length of a stretched model, a row depends on its batch. So it does beyond a sliding
-    # window, which would count the padding between `before` and the last prompt token. Their names end so.
-    sizes = "positions|position_embeddings" + ("|window|window_size" if EPOCHS_REFT else "")
+    # window, which would count the padding between `before` and the last prompt token.
+    sizes = "original_max_position_embeddings" + ("|window|window_size" if EPOCHS_REFT else "")  # key ends so
     limits = re.findall(rf'(?:{sizes})": (\d+)', base.meta_model.config.to_json_string(use_diff=False))
-    limit = min(map(int, limits), default=longest)
+    limits.append(getattr(base.meta_model.config, "max_position_embeddings", None) or longest)
+    limit = min(map(int, limits))
     remedy = "leave out longer rows, or use another model (or --max-length; with a window, --epochs-reft 0)"
     stop_if(longest > limit, f"{BASE_MODEL!r} takes {limit} tokens, and a row has {longest}: {remedy}")
 
@@ -1019,7 +1015,9 @@ def plan_run(settings, base, train_rows, questions):
             return None
         name = name_of(settings, part)
         # The Hub allows names of at most 96 characters, without -- and ..
-        repo = repo or shortened(re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_")), 96)
+        repo = repo or shortened(
+            re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_")).rstrip("-."), 96
+        )
         if PUSH_TO_HUB and "/" not in repo:
             with explained("set HF_TOKEN to a valid token, or use --no-push-to-hub"):
                 repo = f"{HF_USER or huggingface_hub.whoami(cache=True)['name']}/{repo}"
@@ -1056,10 +1054,10 @@ def already_done(run):
 
 
 # A stage 2 that is     uses the stage 1 of
-# finished or begun     its own folder, in adapter/
-# only on the Hub       its repository, in adapter/; both are copied
+# finished, or begun    its own folder, in adapter/
+# not finished here     its repository, in adapter/, if the Hub has one that is finished; both are copied
 # new                   OUTPUT_DIR/lora3, which other runs share; or of the Hub; or stage 1 is trained, too
-def claim_stages(run):
+def read_or_lock_stages(run):
     """Read the stages that are finished, here or on the Hub; lock the others until this process ends."""
     for folder in (OUTPUT_DIR, RESULTS_DIR):
         with explained(f"cannot write in the folder {folder!r}: choose another"):
@@ -1072,19 +1070,14 @@ def claim_stages(run):
             run.lora.folder = adapter
     if run.lora:
         claim(run.lora)
+    begun = run.reft and (run.reft.record or run.reft.checkpoint)  # both name the stage 1 below them
+    if begun and begun["below"] != weights_hash(run.lora and run.lora.record):
+        raise Stop(f"{run.reft.folder} was trained on another stage 1, which is missing: move it away")
     for stage in run.stages:
-        begun = stage.record or stage.checkpoint  # both name the stage 1 below them
-        other = begun and begun["below"] != weights_hash(stage.below and stage.below.record)
-        stop_if(other, f"{stage.folder} was trained on another stage 1, which is missing: move it away")
         # A finished result is here only to be pushed, with the weights that it was measured on.
-        other = run.result and run.result["weights"][stage.part] != weights_hash(stage.record)
-        advice = "move it away to evaluate again, or use --no-push-to-hub"
-        stop_if(other, f"{run.file} was not measured on the {stage.title} in {stage.folder}: {advice}")
-    advice = "set HF_TOKEN to one that may, choose another --hf-user, or use --no-push-to-hub"
-    for stage in run.stages:
-        if PUSH_TO_HUB and not stage.hub_record:  # a missing right shows now, not after hours
-            with explained(f"the token may not write {stage.repo}: {advice}"):
-                huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
+        other_result = run.result and run.result["weights"][stage.part] != weights_hash(stage.record)
+        measured = f"{run.file} was not measured on the {stage.title} in {stage.folder}"
+        stop_if(other_result, f"{measured}: move it away to evaluate again, or use --no-push-to-hub")
 
 
 def claim(stage):
@@ -1122,13 +1115,13 @@ def read_checked(file, expected, name=None):
         content = torch.load(data, "cpu") if file.suffix == ".pt" else json.load(data)
         # What a file does not name was no setting yet, and as in the paper.
         found = {key: setting.paper for key, setting in SETTINGS.items()} | content["made_with"]
-        found["TOKENS_PER_MICROBATCH"] = content.get("tokens_per_microbatch")  # of a checkpoint
+        found["TOKENS_PER_MICROBATCH"] = content.get("tokens_per_microbatch")  # expected by read_stage
         made_by = version_text(content)
     differing = [key for key, value in expected.items() if found.get(key) != value]
-    values = [key for key in differing if not key.startswith("CODE_OF")]
-    values = "; ".join(f"{key.lower()} {found.get(key)!r}, not {expected[key]!r}" for key in values)
+    keys = [key for key in differing if not key.startswith("CODE_OF")]
+    others = "; ".join(f"{key.lower()} {found.get(key)!r}, not {expected[key]!r}" for key in keys)
     advice = "use those, move it away, or choose another --output-dir, --results-dir or repository"
-    stop_if(values, f"{name} was made with {values}: {advice}")
+    stop_if(others, f"{name} was made with {others}: {advice}")
     if differing:
         code = f"{name} was made by other code, {made_by}; this is {version_text(script_version())}"
         ways = "to evaluate again, move it away or choose another --results-dir"
@@ -1188,20 +1181,20 @@ def copy_stage(record, source, target):
     target.mkdir(parents=True, exist_ok=True)
     for name in record["files"]:
         shutil.copy(source / name, target)
-    check_files(source, record)
+    check_files(target, record, source)
     write(target / "heft.json", json.dumps(record))
 
 
 def weights_hash(record):
-    """The hash of a finished stage's weights; None without a record. (PEFT's .json has a random order.)"""
+    """The hash of a finished stage's weights; None without a record. Not of .json: PEFT's order is random."""
     files = record["files"] if record else {}
     return "+".join(files[name] for name in files if not name.endswith(".json")) or None
 
 
-def check_files(folder, record):
-    """Stop if the files of a finished stage in `folder` are not those of its record."""
+def check_files(folder, record, source=None):
+    """Stop if a stage's files in `folder`, perhaps copied from `source`, are not those of its record."""
     found = {name: digest(folder / name) for name in record["files"] if (folder / name).exists()}
-    changed = f"the files in {folder} have changed since they were trained: move them away"
+    changed = f"the files in {source or folder} have changed since they were trained: move them away"
     stop_if(found != record["files"], changed)
 
 
@@ -1254,6 +1247,16 @@ def read_hub_record(stage):
         stop_if("heft.json" not in files, f"{repo} holds something else: {advice}, or empty it")
         file = huggingface_hub.hf_hub_download(stage.repo, "heft.json")
     return read_checked(Path(file), stage.made_with, repo)
+
+
+def create_repos(stages):
+    """Create the repositories that the stages still need: a missing right shows now, not after hours."""
+    advice = "set HF_TOKEN to one that may write, choose another --hf-user, or use --no-push-to-hub"
+    for stage in stages:
+        if not stage.hub_record:
+            stop_if(not huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
+            with explained(f"the token may not write {stage.repo}: {advice}"):
+                huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
 
 
 def copy_from_hub(stage):

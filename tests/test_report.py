@@ -655,7 +655,15 @@ def test_what_template_md_says_of_the_stored_runs():
         ("0.004", "0.005"),
     }
     trials = runs[runs.section.str.endswith("(tuning)")]
-    assert set(trials.lora_steps + trials.reft_steps) == {30} and "in 30 steps on 320 rows" in page
+    short = trials[trials.kind != "LoRA 20"]
+    assert set(short.lora_steps + short.reft_steps) == {30} and "in 30 steps on 320 rows" in page
+    own = {run.rates: f"{run.accuracy:.2f} %" for run in trials[trials.kind == "LoRA 20"].itertuples()}
+    best = f"{trials[trials.kind == 'LoRA 3'].accuracy.max():.2f} %"
+    text = "it scores {} of 400 questions with 1e-3 and {} with 2e-3 (LoRA 3 at its best rate: {})"
+    assert text.format(own["0.001"], own["0.002"], best) in page and len(own) == 2
+    for run in trials[trials.kind == "LoRA 20"].itertuples():
+        assert (run.lora_steps, run.result["versions"]["lora"]["torch"]) == (200, "2.10.0+cu128")
+        assert run.settings["DTYPE"] == "float32"
     assert {*every.lora_steps, *every.reft_steps} == {0, 60, 80, 400} and "for 60, 80 and 400 steps" in page
     last = []
     for kind in ("LoRA 20", "LoRA 3"):
