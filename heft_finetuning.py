@@ -1194,7 +1194,7 @@ def weights_hash(record):
 def check_files(folder, record, source=None):
     """Stop if a stage's files in `folder`, perhaps copied from `source`, are not those of its record."""
     found = {name: digest(folder / name) for name in record["files"] if (folder / name).exists()}
-    changed = f"the files in {source or folder} have changed since they were trained: move them away"
+    changed = f"the files in {source or folder} have changed since heft.json named them: move them away"
     stop_if(found != record["files"], changed)
 
 
@@ -1254,8 +1254,10 @@ def create_repos(stages):
     advice = "set HF_TOKEN to one that may write, choose another --hf-user, or use --no-push-to-hub"
     for stage in stages:
         if not stage.hub_record:
-            stop_if(not huggingface_hub.get_token(), f"PUSH_TO_HUB needs a token: {advice}")
-            with explained(f"the token may not write {stage.repo}: {advice}"):
+            refused = f"the token may not write {stage.repo}: {advice}"
+            with explained(refused):
+                token = huggingface_hub.whoami(cache=True).get("auth", {}).get("accessToken", {})
+                stop_if(token.get("role") == "read", refused)
                 huggingface_hub.create_repo(stage.repo, private=PRIVATE_REPOS, exist_ok=True)
 
 
