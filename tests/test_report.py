@@ -556,6 +556,28 @@ def test_a_timing_run_gives_the_computed_times(tmp_path):
     assert found["HEFT 3 + 3"][-2:] == ["3.0", "50"] and found["HEFT 3 + 3, reft_layer=5"][-2:] == ["", "17"]
 
 
+def test_a_timing_run_of_one_stage_hides_none_of_both(tmp_path):
+    """The run of LoRA alone gives no time of LoReFT."""
+    write(tmp_path, 3, 3, answers(8, 2))
+    write(tmp_path, 3, 0, answers(8, 2))
+    write(tmp_path / "timing", 1, 0, answers(2, 1))
+    section = "SmolLM2-135M-Instruct on reviews"
+    found = rows(folder_page(tmp_path), section)
+    assert (found["HEFT 3 + 3"][-2], found["LoRA 3"][-2]) == ("", "3.0")
+    write(tmp_path / "timing", 1, 1, answers(2, 1))
+    found = rows(folder_page(tmp_path), section)
+    assert (found["HEFT 3 + 3"][-2], found["LoRA 3"][-2]) == ("3.0", "3.0")
+
+
+@pytest.mark.parametrize("scanned", ["", "smollm2"])
+def test_pooling_holds_wherever_the_scan_begins(tmp_path, scanned):
+    write(tmp_path / "smollm2", 3, 3, answers(8, 2), 7)
+    write(tmp_path / "smollm2", 3, 3, answers(8, 2), 42, new=True)
+    (tmp_path / "smollm2/pool.json").write_text('{"why": "All predictions are equal."}')
+    runs, _ = report.read_folder(tmp_path / scanned)
+    assert set(runs.method) == {"HEFT 3 + 3"}
+
+
 # Two files
 
 
