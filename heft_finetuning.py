@@ -32,7 +32,7 @@ TAG = ""                   # a word in the run's name, to keep runs of edited co
 LORA_RANK = 8              # rank of the update
 LORA_ALPHA = 32            # the update is scaled by alpha / rank
 LORA_DROPOUT = 0.05        # on the input of the update
-LORA_TARGETS = ""          # "" is q_proj and v_proj (the paper's code); all-linear (its text); or names a,b
+LORA_TARGETS = ""          # "" is PEFT's: q_proj, v_proj for Llama, as in the paper; all-linear; or names a,b
 LEARNING_RATE_LORA = 2e-4  # at the first step; falls linearly to 0
 # Stage 2, LoReFT
 REFT_LAYER = 15            # the block, counted from 0, whose output is edited
@@ -134,13 +134,13 @@ def main():
 
     # Data: BoolQ as prompts with the answers Yes and No, and what each stage learns from them [4.1]
     base = inspect_base_model()
+    check_device(base)
     choose_padding(base.tokenizer, base.meta_model)
     train_rows = load_boolq("train", base.tokenizer) if EPOCHS_LORA or EPOCHS_REFT else []
     questions = load_boolq("validation", base.tokenizer)
     lora_examples = lora_training_examples(base.tokenizer, train_rows) if EPOCHS_LORA else []
     reft_examples = reft_training_examples(base.tokenizer, train_rows) if EPOCHS_REFT else []
     check_data(base, train_rows, [*lora_examples, *reft_examples], questions)
-    check_device(base)
 
     # Reuse what earlier runs with the same settings, code, data and base model finished; refuse the rest
     run = plan_run(settings, base, train_rows, questions)
@@ -153,7 +153,6 @@ def main():
         create_repos(run.stages)
 
     # Stage 1, coarse: LoRA on the whole text of prompt and answer, merged into the weights [3.2]
-    # (A stage that is finished is read, not trained.)
     model = load_base_model(base)
     if EPOCHS_LORA:
         model = stage_1_lora(model, run.lora, lora_examples)
@@ -256,15 +255,15 @@ def load_base_model(base):
 def train(stage, module, forward, examples, initial_rate):
     """Train the parameters of `module` that require gradients. Returns the stage's record.
 
-    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and dropout follow from SEED, the
-    step's number and the number of steps: a resumed run gives the same result. On a signal: checkpoint, exit.
-    forward(**microbatch without labels) returns an output with logits (batch, length, vocabulary)."""
+    AdamW, linear decay to 0, no warm-up, gradient clip 1.0. Rate, order and (with the same micro-batches)
+    dropout follow from SEED, step and number of steps: a resumed run gives the same result. On a signal:
+    checkpoint, exit. forward(**microbatch without labels).logits is (batch, length, vocabulary)."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, initial_rate, weight_decay=0.0)  # the fused rounds differently
     steps_per_epoch = math.ceil(len(examples) / EXAMPLES_PER_STEP)  # the last may have fewer examples
     steps = steps_per_epoch * stage.epochs
     say(f"\n{stage.title}: {sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps")
-    tensors = [*parameters, *module.buffers()]  # all that training changes: LoReFT's R has a buffer, too
+    tensors = [*parameters, *module.buffers()]  # LoReFT's R is relative to its first value, a buffer
     record = resume(stage, tensors, optimizer)  # its list "loss" has one for each finished step
     check_memory(forward, examples)
     began = time.monotonic() - record["seconds"]
@@ -394,7 +393,7 @@ def add_intervention(model):
     width = model.config.hidden_size
     intervention = LoreftIntervention(embed_dim=width, low_rank_dimension=REFT_RANK, dtype=model.dtype)
     rotation = intervention.rotate_layer.parametrizations.weight[0]
-    rotation.base = rotation.base.contiguous()  # its layout decides the last bits in results/
+    rotation.base = rotation.base.contiguous()  # in another layout, the last bits of stored results differ
     place = {"layer": REFT_LAYER, "component": "block_output", "low_rank_dimension": REFT_RANK}
     config = ReftConfig(representations=place | {"intervention": intervention})
     return get_reft_model(model, config), intervention
@@ -610,7 +609,7 @@ def shortened(name, limit):
 
 
 def identity(settings, part, **hashes):
-    """All that decides a part: its settings and, as hashes, its code, model and data. For stage 1:
+    """What must be equal for reuse: settings and, as hashes, code, model and data of a part. For stage 1:
     {"EPOCHS_LORA": 3, "LORA_RANK": 8, ..., "TRAIN_DATA": "5e78...", "CODE_OF_STAGES": "a03c..."}."""
     # The names of the next three do not count: the hashes of their contents do.
     names = set(deciding_settings(settings, part)) - {"BASE_MODEL", "BASE_REVISION", "DATASET"}
@@ -964,7 +963,7 @@ def check_tokenizer_file(base, prompts):
 # OUTPUT_DIR/lora3/                stage 1: adapter_model.safetensors, adapter_config.json, heft.json
 # OUTPUT_DIR/lora3-reft3/          stage 2: intkey_*.bin (the intervention), config.json, heft.json
 # OUTPUT_DIR/lora3-reft3/adapter/  a copy of the stage 1 that stage 2 was trained on
-# OUTPUT_DIR/*/heft.json           the stage's record, written last: made_with (all that decides its weights),
+# OUTPUT_DIR/*/heft.json           the stage's record, written last: made_with (what must be equal for reuse),
 #                                  below (the hash of those it was trained on), files (with hashes), ...
 # OUTPUT_DIR/*/checkpoint.pt       of an unfinished stage: its record so far, weights and optimizer
 # OUTPUT_DIR/*/lock                locked by the process that trains the stage, for as long as it lives
@@ -979,7 +978,7 @@ class Stage:
     part: str  # lora or reft
     title: str  # in messages: "stage 1, LoRA"
     epochs: int  # passes over the data
-    made_with: dict  # all that decides its weights, apart from the weights below
+    made_with: dict  # what must be equal for reuse, apart from the weights below
     repo: str  # its repository on the Hub, owner/name
     below: "Stage | None"  # the stage that it is trained on
     folder: Path  # where it is stored (stage 1: in stage 2's folder adapter/, if that is there)
@@ -996,7 +995,7 @@ class Run:
     name: str  # such as lora3-reft3-seed7
     lora: Stage | None
     reft: Stage | None
-    made_with: dict  # all that decides the result, apart from the stages' weights
+    made_with: dict  # what must be equal for reuse, apart from the stages' weights
     file: Path  # of the result
     result: dict | None = None  # content of the file; None: not evaluated yet
 
@@ -1053,10 +1052,10 @@ def already_done(run):
     return True
 
 
-# A stage 2 that is     uses the stage 1 of
-# finished, or begun    its own folder, in adapter/
-# not finished here     its repository, in adapter/, if the Hub has one that is finished; both are copied
-# new                   OUTPUT_DIR/lora3, which other runs share; or of the Hub; or stage 1 is trained, too
+# A stage 2 that is                  uses the stage 1 of
+# not finished here, but on the Hub  its repository, in adapter/; both are copied
+# finished or begun here             its own folder, in adapter/
+# new                                OUTPUT_DIR/lora3, which other runs share; or of the Hub; or trained, too
 def read_or_lock_stages(run):
     """Read the stages that are finished, here or on the Hub; lock the others until this process ends."""
     for folder in (OUTPUT_DIR, RESULTS_DIR):
@@ -1145,7 +1144,7 @@ def new_record():
 
 
 def resume(stage, tensors, optimizer):
-    """A new record, or that in the stage's checkpoint, after its state is restored."""
+    """A new record, or that of the checkpoint, with its state restored. Copies stage 1 below stage 2."""
     adapter = stage.folder / "adapter"  # stage 2 keeps the stage 1 that it is trained on
     if stage.below and stage.below.folder != adapter:
         copy_stage(stage.below.record, stage.below.folder, adapter)
@@ -1250,7 +1249,7 @@ def read_hub_record(stage):
 
 
 def create_repos(stages):
-    """Create the repositories that the stages still need: a missing right shows now, not after hours."""
+    """Create the repositories that the stages still need: most missing rights show now, not after hours."""
     advice = "set HF_TOKEN to one that may write, choose another --hf-user, or use --no-push-to-hub"
     for stage in stages:
         if not stage.hub_record:
