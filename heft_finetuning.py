@@ -32,7 +32,7 @@ TAG = ""                   # a word in the run's name, to keep runs of edited co
 LORA_RANK = 8              # rank of the update
 LORA_ALPHA = 32            # the update is scaled by alpha / rank
 LORA_DROPOUT = 0.05        # on the input of the update
-LORA_TARGETS = ""          # "" is PEFT's: q_proj, v_proj for Llama, as in the paper; all-linear; or names a,b
+LORA_TARGETS = ""          # "" is Llama's q_proj, v_proj (the paper's code); all-linear (its text); or a,b
 LEARNING_RATE_LORA = 2e-4  # at the first step; falls linearly to 0
 # Stage 2, LoReFT
 REFT_LAYER = 15            # the block, counted from 0, whose output is edited
@@ -57,9 +57,9 @@ ACCEPT_OTHER_CODE = False  # reuse stages, checkpoints and results that other co
 # fmt: on
 # Files remember the code that made them; comments and the bookkeeping do not count, docstrings do. After an
 # edit of main() or of a section before the evaluation, stages and results of other code are refused: TAG
-# keeps old and new side by side. After an edit of the evaluation only results are: RESULTS_DIR keeps both.
-# ACCEPT_OTHER_CODE is for edits that change nothing. A new setting needs a row in the table SETTINGS, below,
-# with the old behaviour as the paper's value.
+# keeps old and new side by side. After an edit of the evaluation, only results are refused, and another
+# RESULTS_DIR keeps both. ACCEPT_OTHER_CODE is for edits that change nothing. A new setting needs a row in the
+# table SETTINGS, below, with the old behaviour as the paper's value.
 
 import argparse
 import contextlib
@@ -503,7 +503,7 @@ PRECISION = Legal(str, lambda text: text in ("bfloat16", "float32"), "bfloat16 o
 PLACE = Legal(
     lambda text: os.path.expanduser(os.path.expandvars(text.strip())), re.compile("[^~$][^$]*").fullmatch,
     "a name, not empty, in which each ~ and $VARIABLE has a value")  # one without a value is left as it is
-LINE = Legal(str, lambda text: text.isprintable() and text != "None", 'one line, "" for none')
+LINE = Legal(str, str.isprintable, 'one line, "" for none')
 WORD = Legal(str, re.compile("[A-Za-z0-9._+]*").fullmatch, 'letters, digits and . _ +, "" for none')
 SWITCH = Legal(bool, None, "True or False")
 SETTINGS = {
@@ -553,9 +553,8 @@ def read_settings(arguments):
     for name, comment in re.findall(r"^([A-Z0-9_]+) = .*?(?:  # (.*))?$", first_screen, re.M):
         stop_if(name not in SETTINGS, f"{name} has no row in SETTINGS: nothing would notice a change of it")
         legal, default = SETTINGS[name].legal, defaults[name]
-        wrong = default is None or (legal is SWITCH and not isinstance(default, bool))
-        stop_if(wrong, f"{name} must be {legal.words}, not {default!r}")
         if legal is SWITCH:
+            stop_if(not isinstance(default, bool), f"{name} must be True or False, not {default!r}")
             options = dict(action=argparse.BooleanOptionalAction, default=default)
         else:  # the default as text, so that argparse checks an edited constant like a flag
             options = dict(type=partial(legal_value, legal), default=str(default), metavar="X")
@@ -574,7 +573,7 @@ def legal_value(legal, text):
     """The value of a setting from the text of a flag or a constant."""
     with contextlib.suppress(ValueError):
         value = legal.convert(text)
-        if legal.is_legal(value):
+        if legal.is_legal(value) and text != "None":  # what an unset variable, or an edited constant, becomes
             return value
     raise argparse.ArgumentTypeError(f"must be {legal.words} (it is {text!r})")
 
@@ -682,7 +681,9 @@ def report_error(error):
     """Print what ended the program: one line, or the traceback of a bug. Returns the exit status."""
     line = str(error) if isinstance(error, Stop) else ""
     if isinstance(error, torch.OutOfMemoryError):
-        smaller = f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH}"
+        smaller = (
+            f"--tokens-per-microbatch below {TOKENS_PER_MICROBATCH} (a checkpoint begun with more is refused)"
+        )
         line = f"GPU memory is full: set {smaller}, or use a GPU with more memory"
     if isinstance(error, OSError) and error.filename:  # such as a full disk, or a folder of somebody else
         line = f"{error.filename}: {error.strerror}; when that is fixed, the same command continues"
@@ -840,7 +841,7 @@ def content_of_model(folder):
         files = huggingface_hub.model_info(BASE_MODEL, revision=folder.name, files_metadata=True).siblings
         files = [file for file in files if file.lfs and re.fullmatch(r"[^/]*\.safetensors", file.rfilename)]
         weights = {file.rfilename: file.lfs.sha256[:16] for file in files}
-    stop_if(not weights, f"{BASE_MODEL!r} holds no weights in safetensors form")
+    stop_if(not weights, f"{BASE_MODEL!r}: there are no weights in safetensors form in {folder}")
     patterns = ["config.json", *TOKENIZER_FILES]
     others = {path.name: digest(path) for pattern in patterns for path in folder.glob(pattern)}
     return digest(sorted((weights | others).items()))
@@ -1013,10 +1014,9 @@ def plan_run(settings, base, train_rows, questions):
         if not epochs:
             return None
         name = name_of(settings, part)
-        # The Hub allows names of at most 96 characters, without -- and ..
-        repo = repo or shortened(
-            re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_")).rstrip("-."), 96
-        )
+        # The Hub allows names of at most 96 characters, without -- and .., that end in neither - nor a point.
+        default = re.sub(r"([-.])[-.]+", r"\1", f"heft-{name}".replace("+", "_")).rstrip("-.")
+        repo = repo or shortened(default, 96)
         if PUSH_TO_HUB and "/" not in repo:
             with explained("set HF_TOKEN to a valid token, or use --no-push-to-hub"):
                 repo = f"{HF_USER or huggingface_hub.whoami(cache=True)['name']}/{repo}"

@@ -131,7 +131,7 @@ def test_help_shows_comments_legal_values_and_defaults(capsys):
         "on the input of the update [from 0 to below 1; default: 0.05]",
         "at the first step; falls linearly to 0 [above 0; default: 0.0002]",
         "of the model's weights [bfloat16 or float32; default: 'bfloat16']",
-        '"" is PEFT\'s: q_proj, v_proj for Llama, as in the paper; all-linear; or names a,b [one line,',
+        "\"\" is Llama's q_proj, v_proj (the paper's code); all-linear (its text); or a,b [one line,",
         "--push-to-hub, --no-push-to-hub upload the merged model and the LoReFT intervention; reuse what",
     ],
 )
