@@ -314,7 +314,7 @@ QUESTIONS = [  # of the page, by the methods compared
     ("HEFT 3 + 3", "LoRA 3", "Does LoReFT improve on LoRA 3?"),
     ("HEFT 3 + 3", "LoReFT 3", "Does LoRA first improve on LoReFT 3?"),
 ]
-ABOUT = ", a control of similar training time"
+ABOUT = ", a control of similar time"
 VERDICTS = {  # of a claim of the paper, and of a control, by the conclusion of the comparison
     "better": ("exceeds {}, as in the paper", "is better than {}" + ABOUT),
     "worse": ("falls below {}, unlike in the paper", "is worse than {}" + ABOUT),
