@@ -163,7 +163,7 @@ def read_folder(folder):
 def name_methods(runs):
     """Add `method`, a label for the runs that differ only in the seed; `odd`, the names in which it differs
     from the usual method (HEFT with the most seeds); `usual`, whether its settings differ at most in learning
-    rates; and `run_number`: 2 for a second run of a seed."""
+    rates and precision; and `run_number`: 2 for a second run of a seed."""
     runs = runs.assign(method="", odd=None, heft=runs.kind.str.startswith("HEFT"))
     for _, section in runs.groupby("section"):
         seeds = section.groupby([section.kind, section.decided_by.map(str)]).seed.transform("nunique")
@@ -177,7 +177,7 @@ def name_methods(runs):
             runs.at[run.Index, "method"] = ", ".join([run.kind, *words])
             runs.at[run.Index, "odd"] = set(odd)
     runs["run_number"] = runs.groupby(["section", "method", "seed"]).cumcount() + 1
-    runs["usual"] = [odd & set(SETTINGS) <= set(RATES) for odd in runs.odd]
+    runs["usual"] = [odd & set(SETTINGS) <= {*RATES, "DTYPE"} for odd in runs.odd]
     runs["with_reft"] = runs.reft_epochs > 0
     return runs.sort_values(["with_reft", "lora_epochs", "reft_epochs"], kind="stable")
 
@@ -285,8 +285,21 @@ def compare(first, second):
         shown = p < 0.05
     if shown:
         found.conclusion = "better" if found.points > 0 else "worse"
-    found.same_code = not any(differing_names(a.edition, b.edition) for a, b in pairs)
+    editions = [(run.edition | {"DTYPE": run.settings["DTYPE"]} for run in pair) for pair in pairs]
+    found.same_edition = not any(differing_names(a, b) for a, b in editions)
     return found
+
+
+def compare_rows(rows, first, second):
+    """compare for two kinds of `rows`, {kind: runs}. None, too, if one is missing, or if they train a stage
+    for the same epochs at different rates: that would compare the rates."""
+    if not {first, second} <= set(rows):
+        return None
+    a, b = rows[first].iloc[0], rows[second].iloc[0]
+    for epochs, rate in zip(("lora_epochs", "reft_epochs"), RATES):
+        if a[epochs] == b[epochs] and a.settings.get(rate) != b.settings.get(rate):
+            return None
+    return compare(rows[first], rows[second])
 
 
 def papers_difference(a, b):
@@ -305,8 +318,8 @@ def papers_difference(a, b):
 
 HEADLINE = ["LoReFT 20", "LoRA 4", "LoRA 20", "HEFT 3 + 3", "HEFT 20 + 20"]
 QUESTIONS = [  # of the page, by the methods compared
-    ("HEFT 3 + 3", "LoReFT 20", "Is HEFT better than LoReFT of about the same time?"),
-    ("LoRA 4", "LoReFT 20", "Is LoRA 4 better than LoReFT of about the same time?"),
+    ("HEFT 3 + 3", "LoReFT 20", "Is HEFT 3 + 3 better than LoReFT 20?"),
+    ("LoRA 4", "LoReFT 20", "Is LoRA 4 better than LoReFT 20?"),
     ("HEFT 3 + 3", "LoRA 4", "Is HEFT better than LoRA of about the same time?"),
     ("HEFT 3 + 3", "LoRA 20", "Does HEFT 3 + 3 exceed LoRA 20?"),
     ("LoRA 4", "LoRA 20", "Does LoRA 4 exceed LoRA 20?"),
@@ -316,8 +329,8 @@ QUESTIONS = [  # of the page, by the methods compared
 ]
 ABOUT = ", a control of similar time"
 VERDICTS = {  # of a claim of the paper, and of a control, by the conclusion of the comparison
-    "better": ("exceeds {}, as in the paper", "is better than {}" + ABOUT),
-    "worse": ("falls below {}, unlike in the paper", "is worse than {}" + ABOUT),
+    "better": ("exceeds {}", "is better than {}" + ABOUT),
+    "worse": ("falls below {}", "is worse than {}" + ABOUT),
     "": ("is not shown to exceed {}", "is not shown to differ from {}" + ABOUT),
 }
 
@@ -365,6 +378,7 @@ def headline_table(small, large):
             row["paper: time"] = clock(60 * PAPER_ROWS[kind]["minutes"])
         here = large.get(kind)
         row["7B here: accuracy %"] = "" if here is None else accuracy_text(here)
+        row["7B here: seeds"] = "" if here is None else len(here)
         row["7B here: time"] = "" if here is None else clock(here.seconds.min())
         here = small.get(kind)
         row["SmolLM2: accuracy %"] = "" if here is None else accuracy_text(here)
@@ -418,7 +432,8 @@ def comparison_table(pairs):
 
 def question_table(rows):
     """The page's questions."""
-    return comparison_table([(rows[a], rows[b], text) for a, b, text in QUESTIONS if {a, b} <= set(rows)])
+    asked = [(a, b, text) for a, b, text in QUESTIONS if compare_rows(rows, a, b)]
+    return comparison_table([(rows[a], rows[b], text) for a, b, text in asked])
 
 
 def pair_table(runs):
@@ -432,43 +447,59 @@ def pair_table(runs):
     return comparison_table(pairs)
 
 
+def numbers(difference):
+    """The difference and how sure it is, such as +1.80 (+0.09 to +3.51), in two texts."""
+    points = f"{difference.points:+.2f}{'' if difference.same_edition else '*'}"
+    test, spread = "95 % interval", f"{difference.low:+.2f} to {difference.high:+.2f}"
+    if difference.seeds == 1:
+        test, spread = "exact McNemar", f"p {difference.p}"
+    return (f"{points} points", f"{test} {spread}") if difference.labelled else (points, spread)
+
+
+def folds(settings, others):
+    """The learning rates that are not as in `others`, as multiples of the paper's, such as " at 5-fold"."""
+    names = [name for name in differing_names(settings, others) if name in RATES]
+    return "".join(f" at {settings[name] / PAPER['settings'][name]:.3g}-fold" for name in names)
+
+
 def verdicts(rows, model):
     """Sentences on how HEFT 3 + 3 of one model compares with other methods; "" without a comparison."""
-    found = {}
-    for other in ("LoReFT 20", "LoRA 4", "LoRA 20"):
-        if {"HEFT 3 + 3", other} <= set(rows) and (difference := compare(rows["HEFT 3 + 3"], rows[other])):
-            found[other] = difference
+    found = {other: compare_rows(rows, "HEFT 3 + 3", other) for other in ("LoReFT 20", "LoRA 4", "LoRA 20")}
+    found = {other: difference for other, difference in found.items() if difference}
     if not found:
         return ""
-    seeds = sorted(difference.seeds for difference in found.values())
+    control = compare_rows(rows, "LoRA 4", "LoReFT 20")
+    told = [*found.values(), control] if control else [*found.values()]
+    seeds = sorted(difference.seeds for difference in told)
+    for number, difference in enumerate(told):  # each kind of test is named once
+        earlier = [other for other in told[:number] if (other.seeds > 1) == (difference.seeds > 1)]
+        difference.labelled = not earlier
     text = f"{model} with {span(seeds)} {'seeds' if seeds[-1] > 1 else 'seed'}"
-    settings = pd.DataFrame([rows[kind].settings.iloc[0] for kind in ["HEFT 3 + 3", *found]])
-    ratios = (settings[RATES] / [PAPER["settings"][name] for name in RATES]).agg(["min", "max"])
-    if (ratios != 1).any(axis=None):
-        lora, reft = [span([f"{low:.3g}", f"{high:.3g}"]) for low, high in ratios.T.to_numpy()]
-        text += f", at {lora}-fold (LoRA) and {reft}-fold (LoReFT) the paper's learning rates"
-    subject, unit = ". HEFT 3 + 3 (epochs)", " points, 95 % interval"
+    settings = {kind: rows[kind].settings.iloc[0] for kind in ["HEFT 3 + 3", *found]}
+    hefts = settings["HEFT 3 + 3"]
+    if any(folds(theirs, PAPER["settings"]) for theirs in settings.values()):
+        lora, reft = (f"{hefts[name] / PAPER['settings'][name]:.3g}-fold" for name in RATES)
+        text += f", at {lora} (LoRA) and {reft} (LoReFT) the paper's learning rates"
+    subject = ". HEFT 3 + 3 (epochs)"
     for other, difference in found.items():
         paper = papers_difference("HEFT 3 + 3", other)
-        claim, control = VERDICTS[difference.conclusion]
-        text += f"{subject} {(claim if paper else control).format(other)} ({difference.points:+.2f}"
-        if difference.seeds == 1:
-            text += f" points, exact McNemar p {difference.p}"
-        else:
-            text += f"{unit} {difference.low:+.2f} to {difference.high:+.2f}"
-            unit = ","  # which is said once
-        text += "" if difference.same_code else ", by different code"
+        claim, same_time = VERDICTS[difference.conclusion]
+        text += f"{subject} {(claim if paper else same_time).format(other + folds(settings[other], hefts))}"
+        text += " ({}, {}".format(*numbers(difference))
         text += f"; paper {paper[0]:+.2f})" if paper else ")"
         subject = ". It"
-    if {"LoRA 4", "LoReFT 20"} <= set(rows) and (control := compare(rows["LoRA 4"], rows["LoReFT 20"])):
-        spread = f"p {control.p}" if control.seeds == 1 else f"{control.low:+.2f} to {control.high:+.2f}"
-        spread += "" if control.same_code else ", by different code"
-        text += f". LoRA 4 minus LoReFT 20: {control.points:+.2f} ({spread})"
+    if control:
+        text += ". LoRA 4 minus LoReFT 20: {} ({})".format(*numbers(control))
+    if not all(difference.same_edition for difference in told):
+        text += ". *Code, precision, model files or data differ"
+    if seeds[0] == 1:
+        text += ". One seed compares runs, not methods"
     return f"{text}."
 
 
 def finding(small, large, any_large):
-    """The first paragraph of the page. `any_large`: whether the paper's model was run, with any settings."""
+    """The first paragraph of the page. `any_large`: whether the paper's model was run on the paper's
+    questions, with any settings."""
     model = "The paper's model (Llama-2-7b-chat, BoolQ) has"
     if text := verdicts(large, f"{model} been run"):
         return text
@@ -530,7 +561,7 @@ def draw_differences(axes, models):
         for number, (a, b, _) in enumerate(QUESTIONS[:6]):
             difference = papers_difference(a, b) if name == "paper" else None
             rows, height = models.get(name, {}), shift - number
-            if a in rows and b in rows and (found := compare(rows[a], rows[b])):
+            if found := compare_rows(rows, a, b):
                 difference = found.points, found.low, found.high
             if difference:
                 points, *interval = difference
@@ -610,6 +641,7 @@ def publish(folder=HERE):
     small_runs = runs[(runs.section == SMALL_MODEL) & runs.usual]
     usual = PAPER["settings"] | {"TAG": ""}
     papers = large_runs[(large_runs.section == PAPER_MODEL) & (large_runs.questions == PAPER_QUESTIONS)]
+    any_large = len(papers) > 0
     other = [bool(differing_names(settings, usual)) for settings in papers.settings]
     papers = papers[~np.array(other, dtype=bool) & papers.kind.isin(HEADLINE)]
     papers = name_methods(papers) if len(papers) else papers
@@ -617,7 +649,7 @@ def publish(folder=HERE):
     pool = folder / "smollm2/pool.json"
 
     blocks = {"headline table": headline_table(small, large)}
-    blocks["finding"] = finding(small, large, PAPER_MODEL.split()[0] in " ".join(large_runs.model))
+    blocks["finding"] = finding(small, large, any_large)
     blocks["methods"], blocks["comparisons"] = method_table(small_runs), question_table(small)
     blocks["7B methods"], blocks["7B comparisons"] = method_table(papers), question_table(large)
     blocks["pooled"] = json.loads(pool.read_text())["why"] if pool.exists() else ""
