@@ -327,7 +327,7 @@ QUESTIONS = [  # of the page, by the methods compared
     ("HEFT 3 + 3", "LoRA 3", "Does LoReFT improve on LoRA 3?"),
     ("HEFT 3 + 3", "LoReFT 3", "Does LoRA first improve on LoReFT 3?"),
 ]
-ABOUT = ", a control of similar time"
+ABOUT = ", a similar-time control"
 VERDICTS = {  # of a claim of the paper, and of a control, by the conclusion of the comparison
     "better": ("exceeds {}", "is better than {}" + ABOUT),
     "worse": ("falls below {}", "is worse than {}" + ABOUT),
@@ -457,9 +457,9 @@ def numbers(difference):
 
 
 def folds(settings, others):
-    """The learning rates that are not as in `others`, as multiples of the paper's, such as " at 5-fold"."""
+    """The learning rates that are not as in `others`, as multiples of the paper's: " at 5 times"."""
     names = [name for name in differing_names(settings, others) if name in RATES]
-    return "".join(f" at {settings[name] / PAPER['settings'][name]:.3g}-fold" for name in names)
+    return "".join(f" at {settings[name] / PAPER['settings'][name]:.3g} times" for name in names)
 
 
 def verdicts(rows, model):
@@ -478,8 +478,8 @@ def verdicts(rows, model):
     settings = {kind: rows[kind].settings.iloc[0] for kind in ["HEFT 3 + 3", *found]}
     hefts = settings["HEFT 3 + 3"]
     if any(folds(theirs, PAPER["settings"]) for theirs in settings.values()):
-        lora, reft = (f"{hefts[name] / PAPER['settings'][name]:.3g}-fold" for name in RATES)
-        text += f", at {lora} (LoRA) and {reft} (LoReFT) the paper's learning rates"
+        lora, reft = (f"{hefts[name] / PAPER['settings'][name]:.3g}" for name in RATES)
+        text += f", learning rates {lora} (LoRA) and {reft} (LoReFT) times the paper's"
     subject = ". HEFT 3 + 3 (epochs)"
     for other, difference in found.items():
         paper = papers_difference("HEFT 3 + 3", other)
@@ -489,7 +489,9 @@ def verdicts(rows, model):
         text += f"; paper {paper[0]:+.2f})" if paper else ")"
         subject = ". It"
     if control:
-        text += ". LoRA 4 minus LoReFT 20: {} ({})".format(*numbers(control))
+        claim, _ = VERDICTS[control.conclusion]
+        text += f". LoRA 4 {claim.format('LoReFT 20')}"
+        text += " ({}, {})".format(*numbers(control))
     if not all(difference.same_edition for difference in told):
         text += ". *Code, precision, model files or data differ"
     if seeds[0] == 1:
@@ -589,7 +591,9 @@ def figure_1(path, small, large):
     color, place = STYLE["LoRA 4"][0], (LORA_4_SECONDS / 60, 81.2)
     axes[0].set_ylim(place[1])
     axes[0].axvline(place[0], 0, 0.07, color=color, lw=2)
-    axes[0].annotate("LoRA 4 (not in the paper)", place, (5, 5), textcoords="offset points", color=color)
+    axes[0].annotate(
+        "time of LoRA 4 (not in the paper)", place, (5, 5), textcoords="offset points", color=color
+    )
     if large:
         draw_accuracies(axes[1], "Here: Llama-2-7b-chat on BoolQ", large, "seconds")
     draw_accuracies(axes[-2], "Here: SmolLM2-135M on review snippets", small, "computed_seconds")
@@ -597,7 +601,7 @@ def figure_1(path, small, large):
     draw_differences(axes[-1], {name: rows for name, rows in models.items() if rows})
     for kind, (color, marker, inside) in STYLE.items():
         axes[0].plot([], [], marker, ms=8, mew=1.6, color=color, mfc=inside, label=kind)
-    axes[0].plot([], [], ".:", color=STYLE["LoRA 4"][0], label="LoRA 3 to 4 to 20")
+    axes[0].plot([], [], ".:", color=STYLE["LoRA 4"][0], label="LoRA 3, 4 and 20")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10)
     for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):

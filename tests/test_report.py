@@ -248,11 +248,11 @@ def test_one_seed_far_apart(tmp_path):
         f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on film-review snippets with "
     )
     for part in (
-        "with 1 seed, at 20-fold (LoRA) and 25-fold (LoReFT) the paper's learning rates. HEFT 3 + 3 (epochs)",
+        "with 1 seed, learning rates 20 (LoRA) and 25 (LoReFT) times the paper's. HEFT 3 + 3 (epochs)",
         "below LoReFT 20 (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
-        "It is better than LoRA 4, a control of similar time (+9.00, p < 0.0001)",
-        "). It exceeds LoRA 20 (+9.00, p < 0.0001; paper +0.12). LoRA 4 minus",
-        "minus LoReFT 20: -18.00 (p < 0.0001). One seed compares",
+        "It is better than LoRA 4, a similar-time control (+9.00, p < 0.0001)",
+        "). It exceeds LoRA 20 (+9.00, p < 0.0001; paper +0.12). LoRA 4 falls",
+        "LoRA 4 falls below LoReFT 20 (-18.00, p < 0.0001). One seed compares",
         "One seed compares runs, not methods.",
     ):
         assert part in text
@@ -262,7 +262,7 @@ def test_one_seed_equal(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
-    assert "HEFT 3 + 3 (epochs) is not shown to differ from LoRA 4, a control" in text
+    assert "HEFT 3 + 3 (epochs) is not shown to differ from LoRA 4, a similar" in text
     assert "(+0.00 points, exact McNemar p = 1)." in text
     assert "LoRA 20" not in text and "LoReFT 20" not in text and "interval" not in text
 
@@ -288,14 +288,14 @@ def test_three_seeds_with_equal_differences(tmp_path):
     text = finding(tmp_path)
     found = re.search(r"is better than LoRA 4, .*? \(\+9.00 points, 95 % interval \+(\S+) to \+(\S+)\)", text)
     assert float(found[1]) < 8 and float(found[2]) > 10
-    assert " with 3 seeds, at " in text
+    assert " with 3 seeds, learning " in text
 
 
 def test_three_equal_seeds(tmp_path):
     for lora, reft in ((3, 3), (4, 0), (20, 0), (0, 20)):
         small(tmp_path, lora, reft, [90, 88, 92])
     text = finding(tmp_path)
-    assert text.count(" is not shown to ") == 3 and text.count("+0.00") == 4
+    assert text.count(" is not shown to ") == 4 and text.count("+0.00") == 4
     assert text.count("interval") == 1 and "McNemar" not in text
 
 
@@ -312,9 +312,9 @@ def test_twelve_seeds_and_three(tmp_path):
     small(tmp_path, 4, 0, [91] * 6 + [92] * 6)
     small(tmp_path, 0, 20, [80] * 3)
     text = finding(tmp_path)
-    assert " with 3 to 12 seeds, at " in text
+    assert " with 3 to 12 seeds, learning " in text
     assert "HEFT 3 + 3 (epochs) exceeds LoReFT 20 (+10.00 points, 95 % interval +" in text
-    assert "It is worse than LoRA 4, a control of similar time (-1.00, -" in text
+    assert "It is worse than LoRA 4, a similar-time control (-1.00, -" in text
     small(tmp_path, 20, 0, [88])
     assert "It exceeds LoRA 20 (+2.00 points, exact McNemar p < 0.0001; paper" in finding(tmp_path)
 
@@ -349,7 +349,7 @@ def test_all_rows_of_the_papers_model_with_lora_4(tmp_path):
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
     assert "has been run with 1 seed. HEFT 3 + 3 (epochs) exceeds LoReFT 20 (+2.02" in text
-    assert "It is better than LoRA 4, a control" in text and "SmolLM2" not in text
+    assert "It is better than LoRA 4, a similar" in text and "SmolLM2" not in text
     assert "It is not shown to exceed LoRA 20 (+0.00, p = 1; paper +0.12)." in text
     assert "| LoRA 4 | not in the paper | 1:22, computed | 84.01 (" in published(tmp_path)
 
@@ -374,9 +374,11 @@ def test_heft_with_one_seed_and_the_others_with_three(tmp_path):
     small(tmp_path, 4, 0, [90, 91, 92])
     small(tmp_path, 0, 20, [80, 81, 82])
     text = finding(tmp_path)
-    assert " with 1 to 3 seeds, at " in text
-    assert ", a control of similar time (+0.00, p = 1)." in text
-    assert re.search(r"minus LoReFT 20: \+10.00 points \(95 % interval \+\S+ to \+\S+\)\. One seed", text)
+    assert " with 1 to 3 seeds, learning " in text
+    assert ", a similar-time control (+0.00, p = 1)." in text
+    assert re.search(
+        r"LoRA 4 exceeds LoReFT 20 \(\+10.00 points, 95 % interval \+\S+ to \+\S+\)\. One seed", text
+    )
 
 
 def test_lora_20_with_a_rate_of_its_own(tmp_path):
@@ -389,8 +391,8 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
     small(tmp_path, 20, 0, [95], new=True, LEARNING_RATE_LORA=0.001, name="own")
     page = published(tmp_path)
     assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page
-    assert "at 20-fold (LoRA) and 25-fold (LoReFT) the paper's" in page
-    assert "below LoRA 20 at 5-fold (-5.00* points, exact McNemar p < 0.0001; pap" in page
+    assert "rates 20 (LoRA) and 25 (LoReFT) times the paper's." in page
+    assert "below LoRA 20 at 5 times (-5.00* points, exact McNemar p < 0.0001; pap" in page
     assert "*Code, precision, model files or data differ." in page
     trials = page.split("## Learning rates")[1]
     assert re.findall(r"(0\.\d+) \| 1 \| (\d\d)", trials) == [
@@ -412,7 +414,7 @@ def test_a_rate_of_its_own_counts_in_another_precision_too(tmp_path):
     small(tmp_path, 20, 0, [85], new=True)
     small(tmp_path, 20, 0, [88], new=True, LEARNING_RATE_LORA=0.001, DTYPE="float32", name="own")
     page = published(tmp_path)
-    assert "| LoRA 20 | 85.05 | 6:52 | 88.00" in page and "exceeds LoRA 20 at 5-fold (" in page
+    assert "| LoRA 20 | 85.05 | 6:52 | 88.00" in page and "exceeds LoRA 20 at 5 times (" in page
     assert "(+2.00* points, " in page and "*Code, precision, model files or data differ." in page
     small(tmp_path, 4, 0, [91], new=True, LORA_RANK=4)
     assert "| LoRA 4 | not in the paper" in page and "control" not in finding(tmp_path)
@@ -694,7 +696,6 @@ def test_the_papers_totals():
 
 def test_what_template_md_says_of_the_stored_runs():
     page = " ".join((ROOT / "results/template.md").read_text().split())
-    assert len((ROOT / "results/README.md").read_text().split("\n\n")[1].split()) <= 90
     runs, _ = report.read_folder(ROOT / "results/smollm2")
     every = runs[(runs.section == report.SMALL_MODEL) & runs.usual & (runs.kind != "base model")]
     rows = report.methods_of(every)
