@@ -285,7 +285,7 @@ def compare(first, second):
         shown = p < 0.05
     if shown:
         found.conclusion = "better" if found.points > 0 else "worse"
-    editions = [(run.edition | {"DTYPE": run.settings["DTYPE"]} for run in pair) for pair in pairs]
+    editions = [(run.edition | {"DTYPE": run.settings.get("DTYPE")} for run in pair) for pair in pairs]
     found.same_edition = not any(differing_names(a, b) for a, b in editions)
     return found
 
