@@ -9,9 +9,9 @@
 
 Runs that differ only in the seed are one method. Those in folders called smollm2, llama2, smoke, repeated,
 tuning (trials of learning rates) and timing are kept apart. A run in timing, on an idle machine, gives the
-seconds per step and so the computed times of runs of the same model, data and layers. Runs of different code,
-model files or data are never one method, unless their folder has a file pool.json that says why:
-{"why": "one sentence"}.
+seconds per step and so the computed times of runs of the same model, data and layers, in any precision.
+Runs of different code, model files or data are never one method, unless their folder has a file pool.json
+that says why: {"why": "one sentence"}.
 """
 
 import argparse
@@ -51,8 +51,8 @@ SETTINGS = [*PAPER["settings"], "TAG", "TOKENS_PER_MICROBATCH"]
 # model files or data.
 IGNORED = """EPOCHS_LORA EPOCHS_REFT SEED BASE_MODEL DATASET SMOKE STAGE_1 STAGE_2 weights PUSH_TO_HUB
     PRIVATE_REPOS HF_USER HF_REPO_LORA HF_REPO_REFIT MERGED_DIR OUTPUT_DIR RESULTS_DIR RESULTS_FILE""".split()
-# What decides the seconds per step
-PACE = "LORA_RANK LORA_TARGETS REFT_LAYER REFT_RANK EXAMPLES_PER_STEP TOKENS_PER_MICROBATCH DTYPE".split()
+# What decides the computed times. Not the precision: they compare methods as if all ran like the timing run
+PACE = "LORA_RANK LORA_TARGETS REFT_LAYER REFT_RANK EXAMPLES_PER_STEP TOKENS_PER_MICROBATCH".split()
 
 
 def kind_of(lora_epochs, reft_epochs):
@@ -430,10 +430,22 @@ def comparison_table(pairs):
     return markdown(rows)
 
 
-def question_table(rows):
-    """The page's questions."""
-    asked = [(a, b, text) for a, b, text in QUESTIONS if compare_rows(rows, a, b)]
-    return comparison_table([(rows[a], rows[b], text) for a, b, text in asked])
+def page_pairs(rows, runs):
+    """{(kind, kind): (runs of a method, of another)} for the page's questions. Where compare_rows refuses the
+    second one for its rates, another method of `runs` with the same epochs takes its place."""
+    pairs = {}
+    for a, b, _ in QUESTIONS:
+        others = methods_of(runs[runs.kind == b]).values()
+        for second in [rows[b], *others] if b in rows else []:
+            if compare_rows(rows | {b: second}, a, b):
+                pairs[a, b] = rows[a], second
+                break
+    return pairs
+
+
+def question_table(pairs):
+    """The page's questions, from `page_pairs`."""
+    return comparison_table([(*pairs[a, b], text) for a, b, text in QUESTIONS if (a, b) in pairs])
 
 
 def pair_table(runs):
@@ -456,10 +468,18 @@ def numbers(difference):
     return (f"{points} points", f"{test} {spread}") if difference.labelled else (points, spread)
 
 
-def folds(settings, others):
-    """The learning rates that are not as in `others`, as multiples of the paper's: " at 5 times"."""
-    names = [name for name in differing_names(settings, others) if name in RATES]
-    return "".join(f" at {settings[name] / PAPER['settings'][name]:.3g} times" for name in names)
+def rates_text(settings):
+    """How many times the paper's the learning rates are: 20× (LoRA; LoRA 20: 5×) and 25× (LoReFT). "" if all
+    are the paper's. `settings`: {kind: settings of a method}, with HEFT 3 + 3 among them."""
+    if not any(set(RATES) & set(differing_names(of, PAPER["settings"])) for of in settings.values()):
+        return ""
+    texts = []
+    for name, stage in zip(RATES, ("LoRA", "LoReFT")):
+        used = {kind: of[name] / PAPER["settings"][name] for kind, of in settings.items() if name in of}
+        usual = used["HEFT 3 + 3"]
+        others = [f"; {kind}: {times:.3g}×" for kind, times in used.items() if times != usual]
+        texts.append(f"{usual:.3g}× ({stage}{''.join(others)})")
+    return " and ".join(texts)
 
 
 def verdicts(rows, model):
@@ -476,15 +496,13 @@ def verdicts(rows, model):
         difference.labelled = not earlier
     text = f"{model} with {span(seeds)} {'seeds' if seeds[-1] > 1 else 'seed'}"
     settings = {kind: rows[kind].settings.iloc[0] for kind in ["HEFT 3 + 3", *found]}
-    hefts = settings["HEFT 3 + 3"]
-    if any(folds(theirs, PAPER["settings"]) for theirs in settings.values()):
-        lora, reft = (f"{hefts[name] / PAPER['settings'][name]:.3g}" for name in RATES)
-        text += f", learning rates {lora} (LoRA) and {reft} (LoReFT) times the paper's"
+    if rates := rates_text(settings):
+        text += f", learning rates {rates} the paper's"
     subject = ". HEFT 3 + 3 (epochs)"
     for other, difference in found.items():
         paper = papers_difference("HEFT 3 + 3", other)
         claim, same_time = VERDICTS[difference.conclusion]
-        text += f"{subject} {(claim if paper else same_time).format(other + folds(settings[other], hefts))}"
+        text += f"{subject} {(claim if paper else same_time).format(other)}"
         text += " ({}, {}".format(*numbers(difference))
         text += f"; paper {paper[0]:+.2f})" if paper else ")"
         subject = ". It"
@@ -493,7 +511,7 @@ def verdicts(rows, model):
         text += f". LoRA 4 {claim.format('LoReFT 20')}"
         text += " ({}, {})".format(*numbers(control))
     if not all(difference.same_edition for difference in told):
-        text += ". *Code, precision, model files or data differ"
+        text += ". *Editions differ"
     if seeds[0] == 1:
         text += ". One seed compares runs, not methods"
     return f"{text}."
@@ -553,7 +571,7 @@ def draw_accuracies(axes, title, rows, column):
 
 
 def draw_differences(axes, models):
-    """Differences in points with 95 % intervals: the paper's, and those of each model that was run."""
+    """Differences in points with 95 % intervals: the paper's, and those of each model's `page_pairs`."""
     axes.set_title("Differences in accuracy (points)", loc="left", weight="bold")
     axes.axvline(0, color="0.4", lw=1)
     right_edge = axes.get_yaxis_transform()  # x from 0 to 1, y in data
@@ -561,23 +579,26 @@ def draw_differences(axes, models):
         color, inside, shift = SOURCES[name]
         axes.plot([], [], "D-", ms=5, color=color, mfc=inside, label=name)  # for the legend
         for number, (a, b, _) in enumerate(QUESTIONS[:6]):
-            difference = papers_difference(a, b) if name == "paper" else None
-            rows, height = models.get(name, {}), shift - number
-            if found := compare_rows(rows, a, b):
+            difference, star = papers_difference(a, b) if name == "paper" else None, ""
+            height = shift - number
+            if pair := models.get(name, {}).get((a, b)):
+                found = compare(*pair)
                 difference = found.points, found.low, found.high
+                star = "" if found.same_edition else "*"
             if difference:
                 points, *interval = difference
                 axes.plot(interval, [height] * 2, color=color, lw=1.2)
                 axes.plot(points, height, "D", ms=5, color=color, mfc=inside)
-                axes.text(1.02, height, f"{points:+.2f}", color=color, va="center", transform=right_edge)
+                text = f"{points:+.2f}{star}"
+                axes.text(1.02, height, text, color=color, va="center", transform=right_edge)
     axes.set_yticks(-np.arange(6), [f"{a}\nminus {b}" for a, b, _ in QUESTIONS[:6]])
     axes.set_ylim(-5.4, 0.6)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3, frameon=False)
     axes.grid(axis="x", color="0.92", zorder=0)
 
 
-def figure_1(path, small, large):
-    """Accuracy against training time, and differences: path.png and path.svg. Rows by kind."""
+def figure_1(path, small, large, small_pairs, large_pairs):
+    """Accuracy against training time (of page_rows), and differences: path.png and path.svg."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams["svg.hashsalt"] = "heft"  # the same runs give the same bytes
     shape, size = ((2, 2), (10, 9)) if large else ((1, 3), (13, 4.6))
@@ -597,8 +618,8 @@ def figure_1(path, small, large):
     if large:
         draw_accuracies(axes[1], "Here: Llama-2-7b-chat on BoolQ", large, "seconds")
     draw_accuracies(axes[-2], "Here: SmolLM2-135M on review snippets", small, "computed_seconds")
-    models = {"7B here": large, "SmolLM2": small}
-    draw_differences(axes[-1], {name: rows for name, rows in models.items() if rows})
+    models = {"7B here": large_pairs, "SmolLM2": small_pairs}
+    draw_differences(axes[-1], {name: pairs for name, pairs in models.items() if pairs})
     for kind, (color, marker, inside) in STYLE.items():
         axes[0].plot([], [], marker, ms=8, mew=1.6, color=color, mfc=inside, label=kind)
     axes[0].plot([], [], ".:", color=STYLE["LoRA 4"][0], label="LoRA 3, 4 and 20")
@@ -650,12 +671,13 @@ def publish(folder=HERE):
     papers = papers[~np.array(other, dtype=bool) & papers.kind.isin(HEADLINE)]
     papers = name_methods(papers) if len(papers) else papers
     small, large = page_rows(small_runs, trials), page_rows(papers, trials[:0])
+    small_pairs, large_pairs = page_pairs(small, small_runs), page_pairs(large, papers)
     pool = folder / "smollm2/pool.json"
 
     blocks = {"headline table": headline_table(small, large)}
     blocks["finding"] = finding(small, large, any_large)
-    blocks["methods"], blocks["comparisons"] = method_table(small_runs), question_table(small)
-    blocks["7B methods"], blocks["7B comparisons"] = method_table(papers), question_table(large)
+    blocks["methods"], blocks["comparisons"] = method_table(small_runs), question_table(small_pairs)
+    blocks["7B methods"], blocks["7B comparisons"] = method_table(papers), question_table(large_pairs)
     blocks["pooled"] = json.loads(pool.read_text())["why"] if pool.exists() else ""
     blocks["trials"] = method_table(trials.sort_values(["kind", "accuracy"], ascending=[True, False]))
     write_page(folder / "README.md", fill_template((HERE / "template.md").read_text(), blocks))
@@ -664,7 +686,7 @@ def publish(folder=HERE):
     details += [sections_text(runs, skipped), sections_text(large_runs, more_skipped)]
     details += ["## Table 2 of the paper", f"Source: {PAPER['table_2']['source']}.", markdown(table_2)]
     write_page(folder / "details.md", "\n\n".join(block for block in details if block))
-    figure_1(folder / "figure1", small, large)
+    figure_1(folder / "figure1", small, large, small_pairs, large_pairs)
 
 
 def compare_files(paths):

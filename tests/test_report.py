@@ -248,7 +248,7 @@ def test_one_seed_far_apart(tmp_path):
         f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on film-review snippets with "
     )
     for part in (
-        "with 1 seed, learning rates 20 (LoRA) and 25 (LoReFT) times the paper's. HEFT 3 + 3 (epochs)",
+        "with 1 seed, learning rates 20× (LoRA) and 25× (LoReFT) the paper's. HEFT 3 + 3 (epochs)",
         "below LoReFT 20 (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
         "It is better than LoRA 4, a similar-time control (+9.00, p < 0.0001)",
         "). It exceeds LoRA 20 (+9.00, p < 0.0001; paper +0.12). LoRA 4 falls",
@@ -391,9 +391,9 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
     small(tmp_path, 20, 0, [95], new=True, LEARNING_RATE_LORA=0.001, name="own")
     page = published(tmp_path)
     assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page
-    assert "rates 20 (LoRA) and 25 (LoReFT) times the paper's." in page
-    assert "below LoRA 20 at 5 times (-5.00* points, exact McNemar p < 0.0001; pap" in page
-    assert "*Code, precision, model files or data differ." in page
+    assert "rates 20× (LoRA; LoRA 20: 5×) and 25× (LoReFT) the paper's." in page
+    assert "below LoRA 20 (-5.00* points, exact McNemar p < 0.0001; pap" in page
+    assert "*Editions differ." in page
     trials = page.split("## Learning rates")[1]
     assert re.findall(r"(0\.\d+) \| 1 \| (\d\d)", trials) == [
         ("0.001", "80"),
@@ -402,7 +402,13 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
     ]
     assert "| Does LoReFT improve on LoRA 20? |" not in page
     small(tmp_path, 20, 20, [90])
-    assert "| Does LoReFT improve on LoRA 20? |" not in published(tmp_path)  # the rates would be compared
+    with_both_rates = published(tmp_path)  # at another rate it would be the rates that are compared
+    assert "| Does LoReFT improve on LoRA 20? | HEFT 20 + 20 | LoRA 20 | +5.00 |" in with_both_rates
+    assert "| Does HEFT 3 + 3 exceed LoRA 20? | HEFT 3 + 3 | LoRA 20, edition" in with_both_rates
+    for file in tmp_path.glob("**/lora20-reft0*"):
+        if file.parent.name == "smollm2" and "own" not in file.name:
+            file.unlink()
+    assert "| Does LoReFT improve on LoRA 20? |" not in published(tmp_path)
     found = rows(page, "SmolLM2-135M-Instruct on review snippets")
     assert found["LoRA 20"][2][:5] == "85.00" and "LoRA 20, edition=newer, learning_rate_lora=0.001" in found
 
@@ -414,8 +420,8 @@ def test_a_rate_of_its_own_counts_in_another_precision_too(tmp_path):
     small(tmp_path, 20, 0, [85], new=True)
     small(tmp_path, 20, 0, [88], new=True, LEARNING_RATE_LORA=0.001, DTYPE="float32", name="own")
     page = published(tmp_path)
-    assert "| LoRA 20 | 85.05 | 6:52 | 88.00" in page and "exceeds LoRA 20 at 5 times (" in page
-    assert "(+2.00* points, " in page and "*Code, precision, model files or data differ." in page
+    assert "| LoRA 20 | 85.05 | 6:52 | 88.00" in page and "exceeds LoRA 20 (+2.00*" in page
+    assert "(LoRA; LoRA 20: 5×)" in page and "*Editions differ." in page
     small(tmp_path, 4, 0, [91], new=True, LORA_RANK=4)
     assert "| LoRA 4 | not in the paper" in page and "control" not in finding(tmp_path)
 
@@ -585,12 +591,14 @@ def test_runs_in_special_folders_are_kept_apart(tmp_path):
 
 
 def test_a_timing_run_gives_the_computed_times(tmp_path):
-    """60 s and 1 s for two steps each. Other layers have another pace."""
+    """60 s and 1 s for two steps each. Other layers have another pace, another precision has not."""
     write(tmp_path, 3, 3, answers(8, 2), seconds=999)
     write(tmp_path / "timing", 1, 1, answers(2, 1))
     write(tmp_path, 3, 3, answers(8, 2), name="other", seconds=332, REFT_LAYER=5)
+    write(tmp_path, 3, 3, answers(8, 2), name="precise", seconds=332, DTYPE="float32")
     found = rows(folder_page(tmp_path), "SmolLM2-135M-Instruct on reviews")
     assert found["HEFT 3 + 3"][-2:] == ["3.0", "50"] and found["HEFT 3 + 3, reft_layer=5"][-2:] == ["", "17"]
+    assert found["HEFT 3 + 3, dtype=float32"][-2:] == ["3.0", "17"]
 
 
 def test_a_timing_run_of_one_stage_hides_none_of_both(tmp_path):
