@@ -101,6 +101,7 @@ def read_result(path):
     run["seed"] = int(result["settings"]["SEED"])
     run["model"] = " on ".join(Path(result["settings"][name]).name for name in ("BASE_MODEL", "DATASET"))
     run["rates"] = " and ".join(str(run["settings"][name]) for name in RATES if name in run["settings"])
+    run["precision"] = str(run["settings"].get("DTYPE"))
     run["pace"] = run["model"] + str([result["settings"][name] for name in PACE])
     with path.with_suffix(".predictions.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
@@ -150,7 +151,7 @@ def read_folder(folder):
     if not runs:
         return pd.DataFrame(columns=COLUMNS), skipped
     runs = name_methods(pd.DataFrame(runs))
-    timing = runs[runs.timing]
+    timing = runs[runs.timing].sort_values("precision", kind="stable")  # bfloat16 first
     runs["computed_seconds"] = 0.0  # NaN without a timing run
     for stage in ("lora", "reft"):
         steps = runs[f"{stage}_steps"]
@@ -196,7 +197,7 @@ def page_rows(runs, trials):
     for method in methods_of(runs).values():
         run = method.iloc[0]
         usual_rates = not run.odd & set(RATES)
-        rank = (run.rates == best.get(run.kind), usual_rates, len(method), not run.odd)
+        rank = (run.rates == best.get(run.kind), usual_rates, len(method), -len(run.odd))
         if rank > ranks.get(run.kind, ()):
             rows[run.kind], ranks[run.kind] = method, rank
     return rows
@@ -290,15 +291,17 @@ def compare(first, second):
     return found
 
 
+def other_rates(first, second):
+    """Whether a stage has the same epochs in both methods, but another rate: the rates would be compared."""
+    a, b = first.iloc[0], second.iloc[0]
+    pairs = zip(("lora_epochs", "reft_epochs"), RATES)
+    return any(a[epochs] == b[epochs] and a.settings.get(r) != b.settings.get(r) for epochs, r in pairs)
+
+
 def compare_rows(rows, first, second):
-    """compare for two kinds of `rows`, {kind: runs}. None, too, if one is missing, or if they train a stage
-    for the same epochs at different rates: that would compare the rates."""
-    if not {first, second} <= set(rows):
+    """compare for two kinds of `rows`, {kind: runs}. None, too, if one is missing or has other_rates."""
+    if not {first, second} <= set(rows) or other_rates(rows[first], rows[second]):
         return None
-    a, b = rows[first].iloc[0], rows[second].iloc[0]
-    for epochs, rate in zip(("lora_epochs", "reft_epochs"), RATES):
-        if a[epochs] == b[epochs] and a.settings.get(rate) != b.settings.get(rate):
-            return None
     return compare(rows[first], rows[second])
 
 
@@ -431,15 +434,19 @@ def comparison_table(pairs):
 
 
 def page_pairs(rows, runs):
-    """{(kind, kind): (runs of a method, of another)} for the page's questions. Where compare_rows refuses the
-    second one for its rates, another method of `runs` with the same epochs takes its place."""
+    """{(kind, kind): (runs of a method, of another)} for the page's questions. If the second one has
+    other_rates, that method of `runs` takes its place which has not, and the most seeds."""
     pairs = {}
     for a, b, _ in QUESTIONS:
-        others = methods_of(runs[runs.kind == b]).values()
-        for second in [rows[b], *others] if b in rows else []:
-            if compare_rows(rows | {b: second}, a, b):
-                pairs[a, b] = rows[a], second
-                break
+        if not {a, b} <= set(rows):
+            continue
+        first, second = rows[a], rows[b]
+        if other_rates(first, second):
+            methods = methods_of(runs[runs.kind == b]).values()
+            methods = [method for method in methods if not other_rates(first, method)]
+            second = max(methods, key=len, default=None)
+        if second is not None and compare(first, second):
+            pairs[a, b] = first, second
     return pairs
 
 
