@@ -259,6 +259,15 @@ def differing_names(a, b):
     return sorted(name for name in a if name in b and a[name] != b[name])
 
 
+def part_of_edition(name):
+    """What a name in which two editions differ is about."""
+    if name == "DTYPE":
+        return "precision"
+    if "BASE" in name:
+        return "model files"
+    return "data" if "DATA" in name else "code"
+
+
 def same_questions(a, b):
     """Whether two runs answer the same questions. (Older and newer hashes are of two kinds.)"""
     hashes = [name for name in differing_names(a.edition, b.edition) if "VALIDATION_DATA" in name]
@@ -270,6 +279,7 @@ def compare(first, second):
 
     points: first minus second. low, high: its 95 % interval. p: exact McNemar test of one seed, as text.
     conclusion: better, worse or "": of one seed by p < 0.05, of several by whether the interval has 0.
+    differing: what else is not the same, such as code and precision.
     """
     pairs = [(a, b) for a in first.itertuples() for b in second.itertuples() if a.seed == b.seed]
     pairs = [(a, b) for a, b in pairs if same_questions(a, b)]
@@ -287,7 +297,7 @@ def compare(first, second):
     if shown:
         found.conclusion = "better" if found.points > 0 else "worse"
     editions = [(run.edition | {"DTYPE": run.settings.get("DTYPE")} for run in pair) for pair in pairs]
-    found.same_edition = not any(differing_names(a, b) for a, b in editions)
+    found.differing = sorted({part_of_edition(name) for a, b in editions for name in differing_names(a, b)})
     return found
 
 
@@ -468,7 +478,7 @@ def pair_table(runs):
 
 def numbers(difference):
     """The difference and how sure it is, such as +1.80 (+0.09 to +3.51), in two texts."""
-    points = f"{difference.points:+.2f}{'' if difference.same_edition else '*'}"
+    points = f"{difference.points:+.2f}{'*' if difference.differing else ''}"
     test, spread = "95 % interval", f"{difference.low:+.2f} to {difference.high:+.2f}"
     if difference.seeds == 1:
         test, spread = "exact McNemar", f"p {difference.p}"
@@ -501,7 +511,7 @@ def verdicts(rows, model):
     for number, difference in enumerate(told):  # each kind of test is named once
         earlier = [other for other in told[:number] if (other.seeds > 1) == (difference.seeds > 1)]
         difference.labelled = not earlier
-    text = f"{model} with {span(seeds)} {'seeds' if seeds[-1] > 1 else 'seed'}"
+    text = f"{model} {span(seeds)} {'seeds' if seeds[-1] > 1 else 'seed'}"
     settings = {kind: rows[kind].settings.iloc[0] for kind in ["HEFT 3 + 3", *found]}
     if rates := rates_text(settings):
         text += f", learning rates {rates} the paper's"
@@ -517,8 +527,8 @@ def verdicts(rows, model):
         claim, _ = VERDICTS[control.conclusion]
         text += f". LoRA 4 {claim.format('LoReFT 20')}"
         text += " ({}, {})".format(*numbers(control))
-    if not all(difference.same_edition for difference in told):
-        text += ". *Editions differ"
+    if differing := sorted({word for difference in told for word in difference.differing}):
+        text += f". *Differing: {', '.join(differing)}"
     if seeds[0] == 1:
         text += ". One seed compares runs, not methods"
     return f"{text}."
@@ -528,10 +538,10 @@ def finding(small, large, any_large):
     """The first paragraph of the page. `any_large`: whether the paper's model was run on the paper's
     questions, with any settings."""
     model = "The paper's model (Llama-2-7b-chat, BoolQ) has"
-    if text := verdicts(large, f"{model} been run"):
+    if text := verdicts(large, f"{model} been run:"):
         return text
     state = "been run, but HEFT 3 + 3 cannot be compared yet" if any_large else "not been run"
-    return f"{model} {state}. {verdicts(small, 'Instead: SmolLM2-135M on film-review snippets')}".strip()
+    return f"{model} {state}. {verdicts(small, 'Instead: SmolLM2-135M on film-review snippets,')}".strip()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -591,7 +601,7 @@ def draw_differences(axes, models):
             if pair := models.get(name, {}).get((a, b)):
                 found = compare(*pair)
                 difference = found.points, found.low, found.high
-                star = "" if found.same_edition else "*"
+                star = "*" if found.differing else ""
             if difference:
                 points, *interval = difference
                 axes.plot(interval, [height] * 2, color=color, lw=1.2)

@@ -244,11 +244,9 @@ def test_one_seed_far_apart(tmp_path):
     small(tmp_path, 20, 0, [81])
     small(tmp_path, 0, 20, [99])
     text = finding(tmp_path)
-    assert text.startswith(
-        f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on film-review snippets with "
-    )
+    assert text.startswith(f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on film-review snippets, ")
     for part in (
-        "with 1 seed, learning rates 20× (LoRA) and 25× (LoReFT) the paper's. HEFT 3 + 3 (epochs)",
+        "snippets, 1 seed, learning rates 20× (LoRA) and 25× (LoReFT) the paper's. HEFT 3 + 3 (epochs)",
         "below LoReFT 20 (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
         "It is better than LoRA 4, a similar-time control (+9.00, p < 0.0001)",
         "). It exceeds LoRA 20 (+9.00, p < 0.0001; paper +0.12). LoRA 4 falls",
@@ -288,7 +286,7 @@ def test_three_seeds_with_equal_differences(tmp_path):
     text = finding(tmp_path)
     found = re.search(r"is better than LoRA 4, .*? \(\+9.00 points, 95 % interval \+(\S+) to \+(\S+)\)", text)
     assert float(found[1]) < 8 and float(found[2]) > 10
-    assert " with 3 seeds, learning " in text
+    assert "snippets, 3 seeds, learning " in text
 
 
 def test_three_equal_seeds(tmp_path):
@@ -312,7 +310,7 @@ def test_twelve_seeds_and_three(tmp_path):
     small(tmp_path, 4, 0, [91] * 6 + [92] * 6)
     small(tmp_path, 0, 20, [80] * 3)
     text = finding(tmp_path)
-    assert " with 3 to 12 seeds, learning " in text
+    assert "snippets, 3 to 12 seeds, learning " in text
     assert "HEFT 3 + 3 (epochs) exceeds LoReFT 20 (+10.00 points, 95 % interval +" in text
     assert "It is worse than LoRA 4, a similar-time control (-1.00, -" in text
     small(tmp_path, 20, 0, [88])
@@ -337,7 +335,7 @@ def test_heft_of_the_papers_model_alone(tmp_path):
 def test_two_rows_of_the_papers_model(tmp_path):
     seven(tmp_path, 3, 3, 85)
     seven(tmp_path, 20, 0, 86)
-    words = "been run with 1 seed. HEFT 3 + 3 (epochs) falls below LoRA 20"
+    words = "been run: 1 seed. HEFT 3 + 3 (epochs) falls below LoRA 20"
     numbers = "(-0.98 points, exact McNemar p < 0.0001; paper +0.12)"
     assert finding(tmp_path) == f"{MODEL_OF_PAPER} {words} {numbers}. One seed compares runs, not methods."
 
@@ -348,7 +346,7 @@ def test_all_rows_of_the_papers_model_with_lora_4(tmp_path):
     small(tmp_path, 3, 3, [90])
     small(tmp_path, 4, 0, [90])
     text = finding(tmp_path)
-    assert "has been run with 1 seed. HEFT 3 + 3 (epochs) exceeds LoReFT 20 (+2.02" in text
+    assert "has been run: 1 seed. HEFT 3 + 3 (epochs) exceeds LoReFT 20 (+2.02" in text
     assert "It is better than LoRA 4, a similar" in text and "SmolLM2" not in text
     assert "It is not shown to exceed LoRA 20 (+0.00, p = 1; paper +0.12)." in text
     assert "| LoRA 4 | not in the paper | 1:22, computed | 84.01 (" in published(tmp_path)
@@ -374,7 +372,7 @@ def test_heft_with_one_seed_and_the_others_with_three(tmp_path):
     small(tmp_path, 4, 0, [90, 91, 92])
     small(tmp_path, 0, 20, [80, 81, 82])
     text = finding(tmp_path)
-    assert " with 1 to 3 seeds, learning " in text
+    assert "snippets, 1 to 3 seeds, learning " in text
     assert ", a similar-time control (+0.00, p = 1)." in text
     assert re.search(
         r"LoRA 4 exceeds LoReFT 20 \(\+10.00 points, 95 % interval \+\S+ to \+\S+\)\. One seed", text
@@ -393,7 +391,7 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
     assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page
     assert "rates 20× (LoRA; LoRA 20: 5×) and 25× (LoReFT) the paper's." in page
     assert "below LoRA 20 (-5.00* points, exact McNemar p < 0.0001; pap" in page
-    assert "*Editions differ." in page
+    assert "*Differing: code." in page
     trials = page.split("## Learning rates")[1]
     assert re.findall(r"(0\.\d+) \| 1 \| (\d\d)", trials) == [
         ("0.001", "80"),
@@ -421,7 +419,7 @@ def test_a_rate_of_its_own_counts_in_another_precision_too(tmp_path):
     small(tmp_path, 20, 0, [88], new=True, LEARNING_RATE_LORA=0.001, DTYPE="float32", name="own")
     page = published(tmp_path)
     assert "| LoRA 20 | 85.05 | 6:52 | 88.00" in page and "exceeds LoRA 20 (+2.00*" in page
-    assert "(LoRA; LoRA 20: 5×)" in page and "*Editions differ." in page
+    assert "(LoRA; LoRA 20: 5×)" in page and "*Differing: precision." in page
     small(tmp_path, 4, 0, [91], new=True, LORA_RANK=4)
     assert "| LoRA 4 | not in the paper" in page and "control" not in finding(tmp_path)
 
