@@ -486,7 +486,7 @@ def numbers(difference):
 
 
 def rates_text(settings):
-    """How many times the paper's the learning rates are: 20× (LoRA; LoRA 20: 5×) and 25× (LoReFT). "" if all
+    """How many times the paper's the learning rates are: 20× (LoRA), 5× (LoRA 20), 25× (LoReFT). "" if all
     are the paper's. `settings`: {kind: settings of a method}, with HEFT 3 + 3 among them."""
     if not any(set(RATES) & set(differing_names(of, PAPER["settings"])) for of in settings.values()):
         return ""
@@ -494,9 +494,9 @@ def rates_text(settings):
     for name, stage in zip(RATES, ("LoRA", "LoReFT")):
         used = {kind: of[name] / PAPER["settings"][name] for kind, of in settings.items() if name in of}
         usual = used["HEFT 3 + 3"]
-        others = [f"; {kind}: {times:.3g}×" for kind, times in used.items() if times != usual]
-        texts.append(f"{usual:.3g}× ({stage}{''.join(others)})")
-    return " and ".join(texts)
+        texts.append(f"{usual:.3g}× ({stage})")
+        texts += [f"{times:.3g}× ({kind})" for kind, times in used.items() if times != usual]
+    return ", ".join(texts)
 
 
 def verdicts(rows, model):
@@ -528,7 +528,7 @@ def verdicts(rows, model):
         text += f". LoRA 4 {claim.format('LoReFT 20')}"
         text += " ({}, {})".format(*numbers(control))
     if differing := sorted({word for difference in told for word in difference.differing}):
-        text += f". *Differing: {', '.join(differing)}"
+        text += f". *Unequal {' and '.join(differing)}"
     if seeds[0] == 1:
         text += ". One seed compares runs, not methods"
     return f"{text}."

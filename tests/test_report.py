@@ -246,7 +246,7 @@ def test_one_seed_far_apart(tmp_path):
     text = finding(tmp_path)
     assert text.startswith(f"{MODEL_OF_PAPER} not been run. Instead: SmolLM2-135M on film-review snippets, ")
     for part in (
-        "snippets, 1 seed, learning rates 20× (LoRA) and 25× (LoReFT) the paper's. HEFT 3 + 3 (epochs)",
+        "snippets, 1 seed, learning rates 20× (LoRA), 25× (LoReFT) the paper's. HEFT 3 + 3 (epochs)",
         "below LoReFT 20 (-9.00 points, exact McNemar p < 0.0001; paper +1.81). It is",
         "It is better than LoRA 4, a similar-time control (+9.00, p < 0.0001)",
         "). It exceeds LoRA 20 (+9.00, p < 0.0001; paper +0.12). LoRA 4 falls",
@@ -389,9 +389,9 @@ def test_lora_20_with_a_rate_of_its_own(tmp_path):
     small(tmp_path, 20, 0, [95], new=True, LEARNING_RATE_LORA=0.001, name="own")
     page = published(tmp_path)
     assert "| LoRA 20 | 85.05 | 6:52 | 95.00" in page
-    assert "rates 20× (LoRA; LoRA 20: 5×) and 25× (LoReFT) the paper's." in page
+    assert "rates 20× (LoRA), 5× (LoRA 20), 25× (LoReFT) the paper's." in page
     assert "below LoRA 20 (-5.00* points, exact McNemar p < 0.0001; pap" in page
-    assert "*Differing: code." in page
+    assert "*Unequal code." in page
     trials = page.split("## Learning rates")[1]
     assert re.findall(r"(0\.\d+) \| 1 \| (\d\d)", trials) == [
         ("0.001", "80"),
@@ -419,7 +419,7 @@ def test_a_rate_of_its_own_counts_in_another_precision_too(tmp_path):
     small(tmp_path, 20, 0, [88], new=True, LEARNING_RATE_LORA=0.001, DTYPE="float32", name="own")
     page = published(tmp_path)
     assert "| LoRA 20 | 85.05 | 6:52 | 88.00" in page and "exceeds LoRA 20 (+2.00*" in page
-    assert "(LoRA; LoRA 20: 5×)" in page and "*Differing: precision." in page
+    assert "20× (LoRA), 5× (LoRA 20), 25×" in page and "*Unequal precision." in page
     small(tmp_path, 4, 0, [91], new=True, LORA_RANK=4)
     assert "| LoRA 4 | not in the paper" in page and "control" not in finding(tmp_path)
 
