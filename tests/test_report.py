@@ -709,7 +709,7 @@ def test_what_template_md_says_of_the_stored_runs():
     assert f"the same 1,000 questions, of which {yes:.1f} % have the answer Yes" in page
 
     as_run, computed = rows["LoRA 20"].seconds / 60, rows["LoRA 20"].computed_seconds.iloc[0]
-    text = f"LoRA 20 took {as_run.min():.0f} to {as_run.max():.0f} minutes"
+    text = f"LoRA 20 took {as_run.min():.0f} to {as_run.max():.0f} minutes with 4e-3"
     assert f"{text}, the computed time is {computed / 60:.0f}." in page
     longer = rows["LoRA 4"].computed_seconds.iloc[0] / rows["HEFT 3 + 3"].computed_seconds.iloc[0]
     assert f"LoRA 4 takes {100 * (longer - 1):.0f} % longer than HEFT 3 + 3 here" in page
@@ -719,11 +719,20 @@ def test_what_template_md_says_of_the_stored_runs():
     assert f"LoReFT takes {100 * papers_share:.0f} % of one of LoRA, here {100 * own_share:.0f} %" in page
 
     assert "Those of LoRA are 20 times the paper's, those of LoReFT 25 times." in page
-    assert {(*run.rates.split(" and "),) for run in every.itertuples()} == {
-        ("0.004",),
-        ("0.005",),
-        ("0.004", "0.005"),
-    }
+    own_rate = every[every.rates == "0.001"]
+    assert {*every.rates} - {"0.001"} == {"0.004", "0.005", "0.004 and 0.005"} and len(own_rate) == 3
+    assert {*own_rate.kind} == {"LoRA 20"} and {*own_rate.seed} == {7, 42, 100}
+    assert {*own_rate.lora_steps} == {400} and {run["DTYPE"] for run in own_rate.settings} == {"float32"}
+    text = f"three seeds with 1e-3 average {own_rate.accuracy.mean():.2f} %, with a loss of"
+    text += f" {np.mean([run['loss']['lora'][-20:] for run in own_rate.result]):.1f} in the last epoch"
+    assert f"{text}; with 4e-3 they average {rows['LoRA 20'].accuracy.mean():.2f} %" in page
+    found = report.compare(own_rate, rows["LoRA 20"])
+    assert f"The difference is {found.points:+.2f} points ({found.low:+.2f} to {found.high:+.2f})" in page
+    found = report.compare(rows["HEFT 3 + 3"], rows["LoRA 20"])
+    assert f"minus that one is {found.points:+.2f} ({found.low:+.2f} to {found.high:+.2f})" in page
+    hours = own_rate.seconds / 3600
+    assert f"it took {hours.min():.1f} to {hours.max():.1f} hours" in page
+    assert f"LoRA 20 in float32 another {hours.sum():.0f} hours" in page
     trials = runs[runs.section.str.endswith("(tuning)")]
     short = trials[trials.kind != "LoRA 20"]
     assert set(short.lora_steps + short.reft_steps) == {30} and "in 30 steps on 320 rows" in page
@@ -740,11 +749,16 @@ def test_what_template_md_says_of_the_stored_runs():
     last = []
     for kind in ("LoRA 20", "LoRA 3"):
         losses = [run["loss"]["lora"][-20:] for run in rows[kind].result]
-        last.append(f"{np.mean(losses):.1f} for {kind}")
-    assert f"averages {' and '.join(last)} in the last epoch" in page
+        last.append(f"{np.mean(losses):.1f}")
+    assert "averages {} in the last epoch, that of LoRA 3 {}:".format(*last) in page
 
-    assert f"up to {max(run['peak_memory_gb'] for run in every.result):.1f} GB" in page
-    assert {run["versions"]["torch"] for run in every.result} == {"2.13.0+cpu"} and "torch 2.13.0+cpu" in page
+    older = every[every.rates != "0.001"].result
+    memory = [run["peak_memory_gb"] for run in older] + [
+        max(run["peak_memory_gb"].values()) for run in own_rate.result
+    ]
+    assert f"up to {max(memory):.1f} GB" in page
+    assert {run["versions"]["torch"] for run in older} == {"2.13.0+cpu"} and "torch 2.13.0+cpu" in page
+    assert {run["versions"]["lora"]["torch"] for run in own_rate.result} == {"2.10.0+cu128"}
     (stored,) = rows["LoRA 3"][rows["LoRA 3"].seed == 42].itertuples()
     (repeated,) = runs[runs.section.str.endswith("(repeated)")].itertuples()
     equal = (np.array(stored.predictions) == np.array(repeated.predictions)).sum()
