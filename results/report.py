@@ -596,8 +596,8 @@ def draw_differences(axes, models):
         color, inside, shift = SOURCES[name]
         axes.plot([], [], "D-", ms=5, color=color, mfc=inside, label=name)  # for the legend
         for number, (a, b, _) in enumerate(QUESTIONS[:6]):
-            difference, star = papers_difference(a, b) if name == "paper" else None, ""
-            height = shift - number
+            difference = papers_difference(a, b) if name == "paper" else None
+            star, height = "", shift - number
             if pair := models.get(name, {}).get((a, b)):
                 found = compare(*pair)
                 difference = found.points, found.low, found.high

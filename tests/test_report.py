@@ -713,6 +713,9 @@ def test_what_template_md_says_of_the_stored_runs():
     assert f"{text}, the computed time is {computed / 60:.0f}." in page
     longer = rows["LoRA 4"].computed_seconds.iloc[0] / rows["HEFT 3 + 3"].computed_seconds.iloc[0]
     assert f"LoRA 4 takes {100 * (longer - 1):.0f} % longer than HEFT 3 + 3 here" in page
+    both = [rows[kind].computed_seconds.iloc[0] / 60 for kind in ("LoRA 4", "HEFT 3 + 3")]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "({:.1f} against {:.1f} minutes)".format(*both) in readme
 
     own_share = rows["LoReFT 20"].computed_seconds.iloc[0] / rows["LoRA 20"].computed_seconds.iloc[0]
     papers_share = report.PAPER_ROWS["LoReFT 20"]["minutes"] / report.PAPER_ROWS["LoRA 20"]["minutes"]
